@@ -1,0 +1,72 @@
+// What is asked: a plain value that names every parameter of one call and no memory.
+// Flow: Options + shapes -> Problem -> make_plan -> Plan -> forward / backward.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "dilated/tensor_view.h"
+
+namespace dilated {
+
+/// How the branches that cover a row combine: softmax over all of them, their sum, their mean.
+enum class Merge { kLse, kSum, kMean };
+/// What lies beyond the end of the last segment: nothing, or zero keys with zero values.
+enum class Tail { kMask, kPhantom };
+
+std::string_view name_of(Merge merge);
+std::string_view name_of(Tail tail);
+
+/// One (segment, dilation) pair. `offsets[h]` is the residue that query head h keeps, -1 leaves it out.
+struct Branch {
+  std::int64_t segment = 0;
+  std::int64_t dilation = 0;
+  std::vector<std::int64_t> offsets;
+
+  bool operator==(const Branch&) const = default;
+};
+
+/// One call, shapes and options; tensors come later. Compares, prints (`to_string`) and copies.
+struct Problem {
+  Device device = Device::kCpu;
+  DType dtype = DType::kFloat32;
+  std::int64_t batch = 1;   // 1 when packed
+  std::int64_t seqlen = 0;  // total number of tokens when packed
+  std::int64_t num_heads = 1;
+  std::int64_t num_kv_heads = 1;
+  std::int64_t head_dim = 0;
+
+  std::vector<Branch> branches;
+  Merge merge = Merge::kLse;
+  double out_scale = 1.0;
+  bool lse_grad = true;
+  Tail tail = Tail::kMask;
+  bool is_causal = false;
+  std::optional<double> scale;  // nullopt: head_dim^-1/2
+  double dropout_p = 0.0;
+
+  std::vector<std::int64_t> cu_seqlens;  // empty: not packed; else 0 = c[0] <= c[1] <= ... = seqlen
+  bool has_key_mask = false;
+  bool has_seqused = false;
+
+  bool operator==(const Problem&) const = default;
+};
+
+/// Throws InvalidProblem, naming argument, value and rule, unless `problem` is legal (semantics §2).
+void validate(const Problem& problem);
+
+/// One line per field.
+std::string to_string(const Problem& problem);
+
+/// Query-key pairs that the mathematics needs, summed over batch and heads, without masks (semantics §10).
+/// One count per branch.
+std::vector<std::int64_t> count_pairs(const Problem& problem);
+
+/// Row-major (seqlen, seqlen) table for query head `head` of an unpacked problem: entry [p][j] is the number
+/// of branches in which query p sees key j. Throws InvalidProblem for seqlen > 4096 or head out of range.
+std::vector<std::int32_t> attention_pattern(const Problem& problem, std::int64_t head);
+
+}  // namespace dilated

@@ -1,0 +1,45 @@
+// Dropout of attention probabilities: Philox4x32-10, one draw per (batch, head, branch, query, key).
+// A pure function of global indices, so tiles, threads and ranks agree and backward regenerates the mask.
+#pragma once
+
+#include <cstdint>
+
+namespace dilated {
+
+/// Key of one dropout stream. `stream` = (sequence * num_heads + head) * num_branches + branch.
+constexpr std::uint64_t dropout_key(std::uint64_t seed, std::uint64_t offset, std::uint64_t stream) {
+  const auto mix = [](std::uint64_t z) {  // splitmix64 finaliser
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+  };
+  return mix(mix(seed + offset * 0x9E3779B97F4A7C15u) + stream);
+}
+
+/// A probability is kept iff its draw is below this: (1 - p) 2^32, so p = 0 keeps all and p = 1 none.
+constexpr std::uint64_t dropout_threshold(double p) {
+  return static_cast<std::uint64_t>((1.0 - p) * 4294967296.0);
+}
+
+/// First word of Philox4x32-10 with key `key` and counter (p, j); positions within the sequence.
+constexpr std::uint32_t dropout_draw(std::uint64_t key, std::uint64_t p, std::uint64_t j) {
+  auto k0 = static_cast<std::uint32_t>(key);
+  auto k1 = static_cast<std::uint32_t>(key >> 32);
+  auto c0 = static_cast<std::uint32_t>(p);
+  auto c1 = static_cast<std::uint32_t>(j);
+  auto c2 = static_cast<std::uint32_t>(p >> 32);
+  auto c3 = static_cast<std::uint32_t>(j >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const std::uint64_t a = static_cast<std::uint64_t>(c0) * 0xD2511F53u;
+    const std::uint64_t b = static_cast<std::uint64_t>(c2) * 0xCD9E8D57u;
+    c0 = static_cast<std::uint32_t>(b >> 32) ^ c1 ^ k0;
+    c1 = static_cast<std::uint32_t>(b);
+    c2 = static_cast<std::uint32_t>(a >> 32) ^ c3 ^ k1;
+    c3 = static_cast<std::uint32_t>(a);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return c0;
+}
+
+}  // namespace dilated

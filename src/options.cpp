@@ -1,0 +1,272 @@
+// Presets and offset builders (semantics §2 and §7): names in, a Problem out.
+#include "dilated/options.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <array>
+
+#include "dilated/error.h"
+#include "src/geometry.h"
+
+namespace dilated {
+namespace {
+
+[[noreturn]] void reject(std::string argument, std::string expected, std::string got,
+                         std::string hint = "") {
+  raise<InvalidProblem>({"dilated_attention", std::move(argument), std::move(expected),
+                         std::move(got), std::move(hint)});
+}
+
+/// Defaults that a preset's name stands for. `per_branch`: out_scale is 1 / number of branches.
+struct Preset {
+  std::string_view name;
+  std::string_view groups;
+  std::string_view offsets;
+  std::string_view merge;
+  std::string_view tail;
+  bool lse_grad;
+  bool mean_over_branches;
+  bool column_sums;
+};
+
+constexpr std::array<Preset, 5> kPresets = {{
+    {"longnet", "none", "paper", "lse", "mask", true, false, false},
+    {"torchscale", "none", "torchscale", "lse", "phantom", false, false, false},
+    {"head_groups", "cumulative", "branch", "sum", "mask", true, false, false},
+    {"fork", "cumulative", "branch", "sum", "mask", true, true, false},
+    {"fkodom", "literal", "branch", "sum", "mask", true, true, true},
+}};
+
+/// Without a preset every option has longnet's default.
+const Preset& preset_of(const Options& options) {
+  if (!options.preset) {
+    return kPresets[0];
+  }
+  for (const Preset& preset : kPresets) {
+    if (preset.name == *options.preset) {
+      return preset;
+    }
+  }
+  reject("preset", fmt::format("one of {}", fmt::join(preset_names(), ", ")), *options.preset);
+}
+
+template <typename Value>
+Value parse(const char* argument, std::string_view given,
+            std::initializer_list<std::pair<std::string_view, Value>> choices) {
+  std::vector<std::string_view> names;
+  for (const auto& [name, value] : choices) {
+    if (name == given) {
+      return value;
+    }
+    names.push_back(name);
+  }
+  reject(argument, fmt::format("one of {}", fmt::join(names, ", ")), std::string(given));
+}
+
+enum class Groups { kNone, kCumulative, kLiteral };
+enum class Rule { kPaper, kTorchscale, kBranch, kZero };
+
+std::string_view given_or(const std::optional<std::string>& given, std::string_view otherwise) {
+  return given ? std::string_view(*given) : otherwise;
+}
+
+struct Range {
+  std::int64_t begin;
+  std::int64_t end;
+};
+
+/// Heads of group b: sizes floor(H/B) + [b < H mod B]; literal is fkodom's [b g_b, (b+1) g_b).
+Range group_range(Groups groups, std::int64_t b, std::int64_t num_branches, std::int64_t num_heads) {
+  if (groups == Groups::kNone) {
+    return {0, num_heads};
+  }
+  const std::int64_t base = num_heads / num_branches;
+  const std::int64_t extra = num_heads % num_branches;
+  const std::int64_t size = base + (b < extra ? 1 : 0);
+  const std::int64_t begin =
+      groups == Groups::kLiteral ? b * size : b * base + std::min(b, extra);
+  return {begin, std::min(num_heads, begin + size)};
+}
+
+std::int64_t residue(Rule rule, std::int64_t b, std::int64_t head, std::int64_t num_heads,
+                     std::int64_t dilation) {
+  switch (rule) {
+    case Rule::kPaper:
+      return head % dilation;
+    case Rule::kTorchscale:
+      return head / ceil_div(num_heads, dilation);
+    case Rule::kBranch:
+      return b % dilation;
+    case Rule::kZero:
+      return 0;
+  }
+  return 0;
+}
+
+void check_lists(const Options& options) {
+  if (options.segments.empty()) {
+    reject("segments", "at least one branch", "none");
+  }
+  if (options.segments.size() != options.dilations.size()) {
+    reject("dilations", fmt::format("as many entries as segments, {}", options.segments.size()),
+           fmt::format("{}", options.dilations.size()));
+  }
+  for (std::size_t b = 0; b < options.dilations.size(); ++b) {
+    if (options.dilations[b] < 1) {
+      reject(fmt::format("dilations[{}]", b), "1 <= dilation <= 2^40",
+             fmt::format("{}", options.dilations[b]));
+    }
+  }
+}
+
+/// merge, out_scale and groups are what a preset is: naming both is a contradiction.
+void check_overrides(const Options& options) {
+  if (!options.preset) {
+    return;
+  }
+  const std::string hint = fmt::format(
+      "preset '{}' fixes it; leave out preset, or override offsets, tail or lse_grad", *options.preset);
+  if (options.merge) {
+    reject("merge", "no value together with preset", *options.merge, hint);
+  }
+  if (options.out_scale) {
+    reject("out_scale", "no value together with preset", fmt::format("{}", *options.out_scale), hint);
+  }
+  if (options.groups) {
+    reject("groups", "no value together with preset", *options.groups, hint);
+  }
+}
+
+/// Upstream torchscale shifts the rows of later segments when the dilation does not divide the segment.
+void check_row_shift(const Options& options, const Shapes& shapes) {
+  if (!options.preset || *options.preset != "torchscale") {
+    return;
+  }
+  std::int64_t longest = shapes.cu_seqlens.empty() ? shapes.seqlen : 0;
+  for (std::size_t s = 1; s < shapes.cu_seqlens.size(); ++s) {
+    longest = std::max(longest, shapes.cu_seqlens[s] - shapes.cu_seqlens[s - 1]);
+  }
+  for (std::size_t b = 0; b < options.segments.size(); ++b) {
+    const std::int64_t w = options.segments[b];
+    const std::int64_t r = options.dilations[b];
+    if (w >= 1 && w % r != 0 && longest > w) {
+      raise<Unsupported>(
+          {"dilated_attention", "preset",
+           "a dilation that divides its segment wherever a sequence is longer than the segment",
+           fmt::format("segments[{0}] = {1}, dilations[{0}] = {2}, sequence length {3}", b, w, r, longest),
+           "torchscale shifts the rows of later segments there: leave out preset to compute the "
+           "unshifted operator, or pass row_shift=True for weights trained that way"});
+    }
+  }
+}
+
+}  // namespace
+
+std::vector<std::string_view> preset_names() {
+  std::vector<std::string_view> names;
+  for (const Preset& preset : kPresets) {
+    names.push_back(preset.name);
+  }
+  return names;
+}
+
+bool uses_column_sums(const Options& options) { return preset_of(options).column_sums; }
+
+std::vector<std::int64_t> build_offsets(const Options& options, std::int64_t num_heads,
+                                        std::int64_t num_kv_heads) {
+  check_lists(options);
+  const Preset& preset = preset_of(options);
+  const auto num_branches = static_cast<std::int64_t>(options.segments.size());
+  const auto groups = parse<Groups>(
+      "groups", given_or(options.groups, preset.groups),
+      {{"none", Groups::kNone}, {"cumulative", Groups::kCumulative}, {"literal", Groups::kLiteral}});
+  const bool has_table = options.offset_table.has_value();
+  if (has_table && options.offsets) {
+    reject("offsets", "a builder's name or a table", "both");
+  }
+  if (has_table &&
+      static_cast<std::int64_t>(options.offset_table->size()) != num_branches * num_heads) {
+    reject("offsets", fmt::format("a table of {} branches x {} heads", num_branches, num_heads),
+           fmt::format("{} entries", options.offset_table->size()));
+  }
+  if (has_table && options.gqa_offset) {
+    reject("gqa_offset", "no value together with a table of offsets", *options.gqa_offset,
+           "a table is per query head already");
+  }
+  const auto rule = parse<Rule>("offsets", given_or(options.offsets, preset.offsets),
+                                {{"paper", Rule::kPaper},
+                                 {"torchscale", Rule::kTorchscale},
+                                 {"branch", Rule::kBranch},
+                                 {"zero", Rule::kZero}});
+  const bool by_kv_head = parse<bool>("gqa_offset", given_or(options.gqa_offset, "kv"),
+                                      {{"kv", true}, {"q", false}});
+  // A head count that num_kv_heads does not divide is reported by `validate`, not here.
+  const std::int64_t heads_per_kv =
+      by_kv_head && num_kv_heads > 0 ? std::max<std::int64_t>(1, num_heads / num_kv_heads) : 1;
+  std::vector<std::int64_t> offsets;
+  for (std::int64_t b = 0; b < num_branches; ++b) {
+    const Range range = group_range(groups, b, num_branches, num_heads);
+    for (std::int64_t h = 0; h < num_heads; ++h) {
+      if (h < range.begin || h >= range.end) {
+        offsets.push_back(-1);
+      } else if (has_table) {
+        offsets.push_back((*options.offset_table)[static_cast<std::size_t>(b * num_heads + h)]);
+      } else {
+        offsets.push_back(residue(rule, b, h / heads_per_kv, num_heads / heads_per_kv,
+                                  options.dilations[static_cast<std::size_t>(b)]));
+      }
+    }
+  }
+  return offsets;
+}
+
+Problem make_problem(const Options& options, const Shapes& shapes) {
+  check_lists(options);
+  check_overrides(options);
+  const Preset& preset = preset_of(options);
+  const auto num_branches = options.segments.size();
+  if (preset.column_sums && !shapes.cu_seqlens.empty()) {
+    raise<Unsupported>({"dilated_attention", "cu_seqlens", "none with preset 'fkodom'",
+                        fmt::format("{} sequences", shapes.cu_seqlens.size() - 1),
+                        "its column sums run over one sequence; call once per sequence"});
+  }
+  if (preset.name == "fork" && shapes.num_heads < static_cast<std::int64_t>(num_branches)) {
+    reject("num_heads", fmt::format(">= number of branches = {} with preset 'fork'", num_branches),
+           fmt::format("{}", shapes.num_heads));
+  }
+  Problem problem;
+  problem.device = shapes.device;
+  problem.dtype = shapes.dtype;
+  problem.batch = shapes.batch;
+  problem.seqlen = shapes.seqlen;
+  problem.num_heads = shapes.num_heads;
+  problem.num_kv_heads = shapes.num_kv_heads;
+  problem.head_dim = shapes.head_dim;
+  problem.merge = parse<Merge>("merge", given_or(options.merge, preset.merge),
+                               {{"lse", Merge::kLse}, {"sum", Merge::kSum}, {"mean", Merge::kMean}});
+  problem.out_scale = options.out_scale.value_or(
+      preset.mean_over_branches ? 1.0 / static_cast<double>(num_branches) : 1.0);
+  problem.lse_grad = options.lse_grad.value_or(preset.lse_grad);
+  problem.tail = parse<Tail>("tail", given_or(options.tail, preset.tail),
+                             {{"mask", Tail::kMask}, {"phantom", Tail::kPhantom}});
+  problem.is_causal = options.is_causal;
+  problem.scale = options.scale;
+  problem.dropout_p = options.dropout_p;
+  problem.cu_seqlens = shapes.cu_seqlens;
+  problem.has_key_mask = shapes.has_key_mask;
+  problem.has_seqused = shapes.has_seqused;
+  const std::vector<std::int64_t> offsets =
+      build_offsets(options, shapes.num_heads, shapes.num_kv_heads);
+  for (std::size_t b = 0; b < num_branches; ++b) {
+    const auto begin = offsets.begin() + static_cast<std::ptrdiff_t>(b) * shapes.num_heads;
+    problem.branches.push_back(
+        {options.segments[b], options.dilations[b], {begin, begin + shapes.num_heads}});
+  }
+  validate(problem);
+  check_row_shift(options, shapes);
+  return problem;
+}
+
+}  // namespace dilated
