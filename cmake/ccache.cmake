@@ -1,0 +1,6 @@
+# Compile through ccache where it is installed; -DCMAKE_CXX_COMPILER_LAUNCHER= turns it off.
+find_program(DILATED_CCACHE ccache)
+mark_as_advanced(DILATED_CCACHE)
+if(DILATED_CCACHE AND PROJECT_IS_TOP_LEVEL AND NOT DEFINED CMAKE_CXX_COMPILER_LAUNCHER)
+  set(CMAKE_CXX_COMPILER_LAUNCHER ${DILATED_CCACHE})
+endif()
