@@ -1,0 +1,475 @@
+// Backward on the CPU (semantics §6), branch by branch. A work item is one (sequence, key/value
+// head, segment): items of a branch touch disjoint rows of dq, dk and dv, so there are no atomics
+// and the bits do not depend on the number of threads. Two numbers per row, lse_row and delta_row,
+// make all merges one form (g = out_scale dO):
+//   P = exp(s - lse_row);  dV_j += P g;  dS = P (g.v_j - delta_row);  dQ += scale dS k;  dK +=
+//   scale dS q exact     lse_row = L               delta_row = dO.O - dL detached  lse_row = L
+//   delta_row = g.O_b - dL sum       lse_row = l_b             delta_row = g.O_b - w_b dL       w_b
+//   = exp(l_b - L) mean      lse_row = l_b + log n_p   delta_row = g.O_b - n_p w_b dL
+// Vectors run along the keys (S, P, dS, dK^T, dV^T), so queries and g enter by broadcast as they
+// lie in memory.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "src/geometry.h"
+#include "src/kernels/cpu/attention.h"
+#include "src/kernels/cpu/rows.h"
+#include "src/kernels/cpu/scratch.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "src/kernels/cpu/attention_backward.cpp"
+#include "hwy/foreach_target.h"  // includes this file once per target
+#include "hwy/highway.h"
+
+#include "src/kernels/cpu/exp-inl.h"
+#include "src/kernels/cpu/gemm-inl.h"
+#include "src/kernels/cpu/pack-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace dilated::HWY_NAMESPACE {
+namespace {
+
+using cpu::BackwardScratch;
+using cpu::kBackwardRows;
+using cpu::kTileLanes;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+/// Stores the sums and prefetches a few rows.
+struct StoreAndPrefetch {
+  Store store;
+  RowStream* upcoming;
+
+  template <std::size_t kRows, std::size_t kVectors>
+  HWY_INLINE void operator()(const Block<kRows, kVectors>& block, std::size_t row,
+                             std::size_t column) const {
+    upcoming->advance();
+    store(block, row, column);
+  }
+};
+
+/// dS = P (sums - delta_row).
+struct StoreScoreGradient {
+  float* dscore;
+  const float* probability;
+  const float* delta;
+
+  template <std::size_t kRows, std::size_t kVectors>
+  HWY_INLINE void operator()(const Block<kRows, kVectors>& block, std::size_t row,
+                             std::size_t column) const {
+    const FloatTag tag;
+    for (std::size_t i = 0; i < kRows; ++i) {
+      const FloatVector deltas = hn::Set(tag, delta[row + i]);
+      for (std::size_t v = 0; v < kVectors; ++v) {
+        const std::size_t at = (row + i) * kTileLanes + column + v * kVectorFloats;
+        const FloatVector p = hn::LoadU(tag, probability + at);
+        hn::StoreU(hn::Mul(p, hn::Sub(block.sum[i][v], deltas)), tag, dscore + at);
+      }
+    }
+  }
+};
+
+/// Where gradients are summed: the caller's float32 tensors, or float32 scratch for 16-bit dtypes.
+struct Gradients {
+  TensorView dquery;
+  TensorView dkey;
+  TensorView dvalue;
+};
+
+/// One segment of one branch for one key/value head and all its query heads.
+class BackwardSegment {
+ public:
+  BackwardSegment(const Plan& plan, const BackwardTensors& tensors, const Gradients& gradients,
+                  const BackwardScratch& scratch, std::size_t branch, const cpu::Item& item)
+      : plan_(plan),
+        problem_(plan.problem()),
+        tensors_(tensors),
+        gradients_(gradients),
+        scratch_(scratch),
+        branch_(branch),
+        sequence_index_(item.sequence),
+        sequence_(plan.sequences()[item.sequence]),
+        kv_head_(item.head),
+        segment_(item.part),
+        geometry_(sequence_.length, problem_.branches[branch].segment,
+                  problem_.branches[branch].dilation),
+        head_dim_(static_cast<std::size_t>(problem_.head_dim)),
+        padded_(static_cast<std::size_t>(cpu::padded_head_dim(problem_.head_dim))),
+        keys_(tensors.masks, sequence_, item.sequence) {}
+
+  void run() {
+    const std::int64_t group = problem_.num_heads / problem_.num_kv_heads;
+    for (head_ = kv_head_ * group; head_ < (kv_head_ + 1) * group; ++head_) {
+      offset_ = problem_.branches[branch_].offsets[static_cast<std::size_t>(head_)];
+      if (offset_ < 0) {
+        continue;
+      }
+      const std::int64_t rows = geometry_.rows(segment_, offset_);
+      const std::int64_t chunk = cpu::backward_chunk(problem_);
+      for (std::int64_t first = 0; first < rows; first += chunk) {
+        attend(first, std::min(first + chunk, rows), rows);
+      }
+    }
+  }
+
+ private:
+  std::int64_t position(std::int64_t row) const {
+    return geometry_.position(segment_, offset_, row);
+  }
+  /// Row of the tensor that holds row `row` of the class.
+  std::int64_t at(std::int64_t row) const { return sequence_.start + position(row); }
+
+  /// Query rows [first, last) against all keys of the segment.
+  void attend(std::int64_t first, std::int64_t last, std::int64_t rows) {
+    for (std::int64_t i = first; i < last; ++i) {
+      pack_query(i, i - first);
+    }
+    std::fill_n(scratch_.dquery, static_cast<std::size_t>(last - first) * padded_, 0.0f);
+    const std::int64_t seen_keys = problem_.is_causal ? last : rows;
+    constexpr std::int64_t kBlocksPerTile =
+        kBackwardRows / static_cast<std::int64_t>(block_rows(kPanelVectors));
+    for (std::int64_t k = 0; k < seen_keys; k += kTileLanes) {
+      const std::int64_t packed = pack_keys(k, std::min(k + kTileLanes, seen_keys));
+      if (packed == 0) {
+        continue;
+      }
+      const std::int64_t next = std::min(k + kTileLanes, seen_keys);
+      const std::int64_t after_next = std::min(next + kTileLanes, seen_keys);
+      upcoming_.clear();
+      expect(gradients_.dkey, kv_head_, k, next);
+      expect(gradients_.dvalue, kv_head_, k, next);
+      expect(tensors_.key, kv_head_, next, after_next);
+      expect(tensors_.value, kv_head_, next, after_next);
+      upcoming_.spread(kBlocksPerTile * ceil_div(last - first, kBackwardRows));
+      for (std::int64_t i = first; i < last; i += kBackwardRows) {
+        const std::int64_t tile_last = std::min(i + kBackwardRows, last);
+        if (!problem_.is_causal || scratch_.key_row[0] < tile_last) {
+          const bool diagonal = problem_.is_causal && scratch_.key_row[packed - 1] > i;
+          update(i, i - first, tile_last - i, packed, diagonal);
+        }
+      }
+      add_key_gradients(packed);
+    }
+    const auto scale = static_cast<float>(plan_.scale());
+    for (std::int64_t i = first; i < last; ++i) {
+      add_row(scratch_.dquery + static_cast<std::size_t>(i - first) * padded_, scale, head_dim_,
+              gradient_row(gradients_.dquery, i, head_));
+    }
+  }
+
+  float* gradient_row(const TensorView& view, std::int64_t row, std::int64_t head) const {
+    return reinterpret_cast<float*>(cpu::row_at(view, sequence_.batch, at(row), head));
+  }
+
+  /// Query, g and the two numbers of one row.
+  void pack_query(std::int64_t row, std::int64_t slot) {
+    const std::int64_t token = at(row);
+    float* const g = scratch_.dout + static_cast<std::size_t>(slot) * head_dim_;
+    load_row(problem_.dtype, cpu::row_at(tensors_.query, sequence_.batch, token, head_), head_dim_,
+             1.0f, scratch_.query + static_cast<std::size_t>(slot) * head_dim_, head_dim_);
+    const std::byte* const dout = cpu::row_at(tensors_.dout, sequence_.batch, token, head_);
+    const float dlse =
+        tensors_.dlse.defined() ? cpu::item_at(tensors_.dlse, sequence_.batch, head_, token) : 0.0f;
+    float lse = cpu::item_at(tensors_.lse, sequence_.batch, head_, token);
+    float delta = -dlse;
+    if (plan_.needs_branch_outputs()) {
+      load_row(problem_.dtype, dout, head_dim_, static_cast<float>(problem_.out_scale), g,
+               head_dim_);
+      const std::int64_t slot_row =
+          plan_.branch_row_begin(branch_, sequence_index_) + segment_ * geometry_.slots() + row;
+      const ConstTensorView& saved = tensors_.branch_out;
+      const float* const branch_out = static_cast<const float*>(saved.data) +
+                                      sequence_.batch * saved.strides[0] +
+                                      head_ * saved.strides[1] + slot_row * saved.strides[2];
+      if (problem_.merge != Merge::kLse) {
+        const float branch_lse =
+            cpu::item_at(tensors_.branch_lse, sequence_.batch, head_, slot_row);
+        const float count =
+            problem_.merge == Merge::kMean ? covering_branches(position(row)) : 1.0f;
+        // 0 * exp(-inf - -inf) must not appear: such a row has no keys and is dropped below.
+        delta = branch_lse == -kInfinity ? 0.0f : -dlse * count * std::exp(branch_lse - lse);
+        lse = branch_lse + std::log(count);
+      }
+      delta += dot_row(g, branch_out, head_dim_);
+    } else {
+      load_row(problem_.dtype, dout, head_dim_, 1.0f, g, head_dim_);
+      load_row(problem_.dtype, cpu::row_at(tensors_.out, sequence_.batch, token, head_), head_dim_,
+               1.0f, scratch_.rows, head_dim_);
+      delta += dot_row(g, scratch_.rows, head_dim_);
+      if (problem_.out_scale != 1.0) {
+        const auto out_scale = static_cast<float>(problem_.out_scale);
+        std::transform(g, g + head_dim_, g, [out_scale](float x) { return out_scale * x; });
+      }
+    }
+    const bool has_keys = lse != -kInfinity;
+    scratch_.row_lse[slot] = has_keys ? lse : kInfinity;
+    scratch_.row_delta[slot] = has_keys ? delta : 0.0f;
+  }
+
+  float covering_branches(std::int64_t p) const {
+    int covering = 0;
+    for (const Branch& branch : problem_.branches) {
+      const BranchGeometry geometry(sequence_.length, branch.segment, branch.dilation);
+      covering += geometry.covers(p, branch.offsets[static_cast<std::size_t>(head_)]) ? 1 : 0;
+    }
+    return static_cast<float>(covering);
+  }
+
+  /// Keys [first, last) that take part, as rows (K) and as columns (K, V); zeroes their gradient
+  /// tiles.
+  std::int64_t pack_keys(std::int64_t first, std::int64_t last) {
+    std::size_t packed = 0;
+    for (std::int64_t i = first; i < last; ++i) {
+      if (!keys_(position(i))) {
+        continue;
+      }
+      float* const row = scratch_.key + packed * padded_;
+      load_row(problem_.dtype, cpu::row_at(tensors_.key, sequence_.batch, at(i), kv_head_),
+               head_dim_, 1.0f, row, padded_);
+      load_row(problem_.dtype, cpu::row_at(tensors_.value, sequence_.batch, at(i), kv_head_),
+               head_dim_, 1.0f, scratch_.rows + packed * padded_, padded_);
+      scratch_.key_row[packed++] = i;
+    }
+    // Lanes beyond the last key are computed and never read, but must stay finite.
+    std::fill(scratch_.key + packed * padded_, scratch_.key + kTileLanes * padded_, 0.0f);
+    std::fill(scratch_.rows + packed * padded_, scratch_.rows + kTileLanes * padded_, 0.0f);
+    transpose(scratch_.key, padded_, kTileLanes, head_dim_, scratch_.key_columns, kTileLanes);
+    transpose(scratch_.rows, padded_, kTileLanes, head_dim_, scratch_.value_columns, kTileLanes);
+    std::fill_n(scratch_.dkey_columns, head_dim_ * kTileLanes, 0.0f);
+    std::fill_n(scratch_.dvalue_columns, head_dim_ * kTileLanes, 0.0f);
+    return static_cast<std::int64_t>(packed);
+  }
+
+  /// Adds rows [first, last) of the class to the rows to prefetch.
+  template <typename View>
+  void expect(const View& view, std::int64_t head, std::int64_t first, std::int64_t last) {
+    if (first < last) {
+      const std::int64_t size = size_of(view.dtype);
+      upcoming_.add(cpu::row_at(view, sequence_.batch, at(first), head),
+                    geometry_.dilation * view.strides[1] * size, last - first,
+                    head_dim_ * static_cast<std::size_t>(size));
+    }
+  }
+
+  /// One tile of queries against the packed keys.
+  void update(std::int64_t first, std::int64_t slot, std::int64_t count, std::int64_t packed,
+              bool diagonal) {
+    const auto rows = static_cast<std::size_t>(count);
+    const auto keys = static_cast<std::size_t>(packed);
+    const auto stride = static_cast<std::ptrdiff_t>(head_dim_);
+    const float* const query = scratch_.query + static_cast<std::size_t>(slot) * head_dim_;
+    const float* const dout = scratch_.dout + static_cast<std::size_t>(slot) * head_dim_;
+    float* const probability = scratch_.probability;
+    float* const dscore = scratch_.dscore;
+
+    multiply(Broadcast{query, stride, 1}, rows, head_dim_, scratch_.key_columns, kTileLanes, keys,
+             StoreAndPrefetch{{probability, kTileLanes}, &upcoming_});
+    exponentiate(rows, keys, scratch_.row_lse + slot);
+    if (diagonal) {
+      hide_later_keys(first, rows, keys);
+    }
+    const float* const delta = scratch_.row_delta + slot;
+    const Broadcast dout_rows{dout, stride, 1};
+    if (problem_.dropout_p > 0.0) {
+      multiply(dout_rows, rows, head_dim_, scratch_.value_columns, kTileLanes, keys,
+               Store{dscore, kTileLanes});
+      drop(first, rows, keys, delta);
+    } else {
+      multiply(dout_rows, rows, head_dim_, scratch_.value_columns, kTileLanes, keys,
+               StoreScoreGradient{dscore, probability, delta});
+    }
+    multiply(Broadcast{dout, 1, stride}, head_dim_, rows, probability, kTileLanes, keys,
+             Accumulate{scratch_.dvalue_columns, kTileLanes});
+    multiply(Broadcast{query, 1, stride}, head_dim_, rows, dscore, kTileLanes, keys,
+             Accumulate{scratch_.dkey_columns, kTileLanes});
+    multiply(Broadcast{dscore, kTileLanes, 1}, rows, keys, scratch_.key, padded_, head_dim_,
+             Accumulate{scratch_.dquery + static_cast<std::size_t>(slot) * padded_, padded_});
+  }
+
+  /// P = e^(scale S - lse_row), at most 1 as lse_row is at least every score. The difference is
+  /// taken in natural units, before the factor log2(e): large scores cancel against lse_row without
+  /// a further rounding.
+  void exponentiate(std::size_t rows, std::size_t keys, const float* row_lse) const {
+    const FloatTag tag;
+    const FloatVector scale = hn::Set(tag, static_cast<float>(plan_.scale()));
+    const FloatVector log2e = hn::Set(tag, static_cast<float>(cpu::kLog2E));
+    for (std::size_t i = 0; i < rows; ++i) {
+      float* const row = scratch_.probability + i * kTileLanes;
+      const FloatVector lse = hn::Set(tag, row_lse[i]);
+      for (std::size_t k = 0; k < keys; k += kVectorFloats) {
+        const FloatVector x = hn::MulSub(scale, hn::LoadU(tag, row + k), lse);
+        hn::StoreU(exp2_at_most_one(hn::Mul(x, log2e)), tag, row + k);
+      }
+    }
+  }
+
+  /// Causal mask of a tile on the diagonal.
+  void hide_later_keys(std::int64_t first, std::size_t rows, std::size_t keys) const {
+    for (std::size_t i = 0; i < rows; ++i) {
+      float* const row = scratch_.probability + i * kTileLanes;
+      const std::int64_t* const end = scratch_.key_row + keys;
+      const std::int64_t* const hidden =
+          std::upper_bound(static_cast<const std::int64_t*>(scratch_.key_row), end,
+                           first + static_cast<std::int64_t>(i));
+      std::fill(row + (hidden - scratch_.key_row), row + keys, 0.0f);
+    }
+  }
+
+  /// dS = P (keep (g.v) - delta), then P := keep P; `dscore` holds g.v on entry.
+  void drop(std::int64_t first, std::size_t rows, std::size_t keys, const float* delta) const {
+    const cpu::Dropout dropout(problem_, tensors_.masks, sequence_index_, head_, branch_);
+    for (std::size_t i = 0; i < rows; ++i) {
+      const std::int64_t query = position(first + static_cast<std::int64_t>(i));
+      for (std::size_t k = 0; k < keys; ++k) {
+        const float keep = dropout(query, position(scratch_.key_row[k]));
+        float& p = scratch_.probability[i * kTileLanes + k];
+        float& ds = scratch_.dscore[i * kTileLanes + k];
+        ds = p * (keep * ds - delta[i]);
+        p *= keep;
+      }
+    }
+  }
+
+  void add_key_gradients(std::int64_t packed) const {
+    const auto keys = static_cast<std::size_t>(packed);
+    const auto scale = static_cast<float>(plan_.scale());
+    transpose(scratch_.dkey_columns, kTileLanes, head_dim_, keys, scratch_.rows, padded_);
+    for (std::size_t k = 0; k < keys; ++k) {
+      add_row(scratch_.rows + k * padded_, scale, head_dim_,
+              gradient_row(gradients_.dkey, scratch_.key_row[k], kv_head_));
+    }
+    transpose(scratch_.dvalue_columns, kTileLanes, head_dim_, keys, scratch_.rows, padded_);
+    for (std::size_t k = 0; k < keys; ++k) {
+      add_row(scratch_.rows + k * padded_, 1.0f, head_dim_,
+              gradient_row(gradients_.dvalue, scratch_.key_row[k], kv_head_));
+    }
+  }
+
+  const Plan& plan_;
+  const Problem& problem_;
+  const BackwardTensors& tensors_;
+  const Gradients& gradients_;
+  const BackwardScratch& scratch_;
+  std::size_t branch_;
+  std::size_t sequence_index_;
+  const Sequence& sequence_;
+  std::int64_t kv_head_;
+  std::int64_t head_ = 0;
+  std::int64_t offset_ = 0;
+  std::int64_t segment_;
+  BranchGeometry geometry_;
+  std::size_t head_dim_;
+  std::size_t padded_;
+  cpu::KeyFilter keys_;
+  RowStream upcoming_;
+};
+
+/// Contiguous float32 view like `like`, from `memory` on.
+TensorView float_view(const TensorView& like, std::byte* memory) {
+  const std::int64_t token = like.shape[2] * like.shape[3];
+  return {memory, DType::kFloat32, like.shape, {like.shape[1] * token, token, like.shape[3], 1}};
+}
+
+std::int64_t float_bytes(const TensorView& view) {
+  return view.shape[0] * view.shape[1] * view.shape[2] * view.shape[3] *
+         static_cast<std::int64_t>(sizeof(float));
+}
+
+/// Calls `body(batch, token)` for tokens [begin, end) of the whole call.
+template <typename Body>
+void for_each_token(const Problem& problem, std::int64_t begin, std::int64_t end,
+                    const Body& body) {
+  for (std::int64_t i = begin; i < end; ++i) {
+    body(i / problem.seqlen, i % problem.seqlen);
+  }
+}
+
+void clear_token(const TensorView& view, std::int64_t batch, std::int64_t token) {
+  const auto count = static_cast<std::size_t>(view.shape[3]);
+  for (std::int64_t h = 0; h < view.shape[2]; ++h) {
+    std::fill_n(reinterpret_cast<float*>(cpu::row_at(view, batch, token, h)), count, 0.0f);
+  }
+}
+
+void cast_token(const TensorView& from, const TensorView& to, std::int64_t batch,
+                std::int64_t token) {
+  for (std::int64_t h = 0; h < to.shape[2]; ++h) {
+    const std::byte* const source = cpu::row_at(from, batch, token, h);
+    store_row(to.dtype, reinterpret_cast<const float*>(source),
+              static_cast<std::size_t>(to.shape[3]), cpu::row_at(to, batch, token, h));
+  }
+}
+
+}  // namespace
+
+void backward_on_target(const Plan& plan, const BackwardTensors& tensors, const Context& context) {
+  const Problem& problem = plan.problem();
+  const std::int64_t bytes = cpu::scratch_bytes<BackwardScratch>(problem);
+  Gradients gradients{tensors.dquery, tensors.dkey, tensors.dvalue};
+  const bool staged = problem.dtype != DType::kFloat32;
+  if (staged) {
+    std::byte* memory = context.workspace.data() + context.parallel_for->num_threads() * bytes;
+    gradients.dquery = float_view(tensors.dquery, memory);
+    memory += float_bytes(tensors.dquery);
+    gradients.dkey = float_view(tensors.dkey, memory);
+    memory += float_bytes(tensors.dkey);
+    gradients.dvalue = float_view(tensors.dvalue, memory);
+  }
+  const std::int64_t tokens = problem.batch * problem.seqlen;
+  context.parallel_for->run(tokens, [&](std::int64_t begin, std::int64_t end, int) {
+    for_each_token(problem, begin, end, [&](std::int64_t batch, std::int64_t token) {
+      clear_token(gradients.dquery, batch, token);
+      clear_token(gradients.dkey, batch, token);
+      clear_token(gradients.dvalue, batch, token);
+    });
+  });
+
+  // Longest segments first, the order of distributed runs, where their keys come from other ranks.
+  const std::vector<std::size_t> order = cpu::ascending_branches(problem);
+  for (auto branch = order.rbegin(); branch != order.rend(); ++branch) {
+    const Branch& pattern = problem.branches[*branch];
+    const cpu::ItemRange items(
+        plan.sequences(), problem.num_kv_heads, [&pattern](std::int64_t length) {
+          return BranchGeometry(length, pattern.segment, pattern.dilation).num_segments();
+        });
+    context.parallel_for->run(items.size(), [&](std::int64_t begin, std::int64_t end, int thread) {
+      cpu::Carver carver(context.workspace.data() + thread * bytes);
+      const BackwardScratch scratch(carver, problem);
+      items.visit(begin, end, [&](const cpu::Item& item) {
+        BackwardSegment(plan, tensors, gradients, scratch, *branch, item).run();
+      });
+    });
+  }
+
+  if (staged) {
+    context.parallel_for->run(tokens, [&](std::int64_t begin, std::int64_t end, int) {
+      for_each_token(problem, begin, end, [&](std::int64_t batch, std::int64_t token) {
+        cast_token(gradients.dquery, tensors.dquery, batch, token);
+        cast_token(gradients.dkey, tensors.dkey, batch, token);
+        cast_token(gradients.dvalue, tensors.dvalue, batch, token);
+      });
+    });
+  }
+}
+
+}  // namespace dilated::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace dilated {
+namespace {
+
+HWY_EXPORT(backward_on_target);
+
+}  // namespace
+
+namespace cpu {
+
+void attention_backward(const Plan& plan, const BackwardTensors& tensors, const Context& context) {
+  HWY_DYNAMIC_DISPATCH(backward_on_target)(plan, tensors, context);
+}
+
+}  // namespace cpu
+}  // namespace dilated
+#endif

@@ -1,0 +1,167 @@
+// Scratch memory of one thread: how the tiles of forward and backward are cut from the call's
+// workspace. The same `carve` runs once with null memory to count bytes and then with real memory,
+// so that the formula of `workspace_bytes` and the use of it cannot differ. Sizes depend on the
+// Problem only.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "dilated/plan.h"
+
+namespace dilated::cpu {
+
+/// Queries (forward) or keys (backward) that lie side by side in vectors of one tile.
+inline constexpr std::int64_t kTileLanes = 64;
+/// Keys of one forward tile. Tiles start at multiples of it in a segment's packed index.
+inline constexpr std::int64_t kForwardKeys = 128;
+/// Query rows of one backward tile.
+inline constexpr std::int64_t kBackwardRows = 64;
+
+constexpr std::int64_t round_up(std::int64_t value, std::int64_t step) {
+  return (value + step - 1) / step * step;
+}
+
+/// Row length of tiles whose vectors run along head_dim: whole vectors of any width up to 16
+/// floats.
+constexpr std::int64_t padded_head_dim(std::int64_t head_dim) { return round_up(head_dim, 16); }
+
+/// Consecutive query positions of one forward work item. Long, so that a packed key tile serves
+/// many queries: 128 rows of the sparsest class, as long as its queries and sums (8 bytes per
+/// element) fit in less than 1 MB of L2; but short enough for 32 items. No bit of the result
+/// depends on it.
+inline std::int64_t forward_block(const Problem& problem) {
+  std::int64_t dilation = 1;
+  for (const Branch& branch : problem.branches) {
+    dilation = std::max(dilation, std::min<std::int64_t>(branch.dilation, 16));
+  }
+  const std::int64_t fitting =
+      std::max<std::int64_t>(98304 / problem.head_dim / kTileLanes, 2) * kTileLanes;
+  const std::int64_t share = problem.batch * problem.seqlen * problem.num_heads / 32;
+  const std::int64_t block =
+      std::min({2 * dilation * kTileLanes, fitting, std::int64_t{2048}, problem.seqlen});
+  return round_up(std::min(block, std::max<std::int64_t>(share, 256)), kTileLanes);
+}
+
+/// Query rows whose q, g and dq stay in L2 (12 bytes per element, about 768 KB) while all keys pass
+/// by.
+inline std::int64_t backward_chunk(const Problem& problem) {
+  const std::int64_t fitting =
+      std::max<std::int64_t>(65536 / problem.head_dim / kBackwardRows, 1) * kBackwardRows;
+  return std::min({fitting, std::int64_t{1024},
+                   round_up(std::max<std::int64_t>(problem.seqlen, 1), kBackwardRows)});
+}
+
+/// Hands out 64-byte aligned pieces of memory, or counts bytes if memory is null.
+class Carver {
+ public:
+  explicit Carver(std::byte* memory) : memory_(memory) {}
+
+  template <typename T>
+  T* take(std::int64_t count) {
+    T* const piece = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + bytes_);
+    bytes_ += round_up(count * static_cast<std::int64_t>(sizeof(T)), 64);
+    return piece;
+  }
+  std::int64_t bytes() const { return bytes_; }
+
+ private:
+  std::byte* memory_;
+  std::int64_t bytes_ = 0;
+};
+
+/// T = forward_block, d = head_dim, e = padded_head_dim.
+struct ForwardScratch {
+  float* state_out;       // (T, e) merged output of the block
+  float* state_lse;       // (T) merged log-sum-exp, natural
+  float* query;           // (T / 64, d, 64) packed, times scale * log2(e)
+  float* sums;            // (T / 64, d, 64) unnormalised output of one branch
+  float* row_max;         // (T) running maximum, base 2
+  float* row_sum;         // (T)
+  float* key;             // (kForwardKeys, d)
+  float* value;           // (kForwardKeys, d)
+  std::int64_t* key_row;  // (kForwardKeys) packed index of each packed key
+  float* score;           // (kForwardKeys, 64)
+  float* tile_max;        // (64) maximum of one score tile
+  float* rescale;         // (64) factor of older sums
+  float* rows;            // (64, e) normalised rows of one query tile
+
+  ForwardScratch(Carver& carver, const Problem& problem) {
+    const std::int64_t t = forward_block(problem);
+    const std::int64_t d = problem.head_dim;
+    const std::int64_t e = padded_head_dim(d);
+    state_out = carver.take<float>(t * e);
+    state_lse = carver.take<float>(t);
+    query = carver.take<float>(t * d);
+    sums = carver.take<float>(t * d + 4 * kTileLanes);  // `transpose` reads whole blocks of 4 rows
+    row_max = carver.take<float>(t);
+    row_sum = carver.take<float>(t);
+    key = carver.take<float>(kForwardKeys * d);
+    value = carver.take<float>(kForwardKeys * d);
+    key_row = carver.take<std::int64_t>(kForwardKeys);
+    score = carver.take<float>(kForwardKeys * kTileLanes);
+    tile_max = carver.take<float>(kTileLanes);
+    rescale = carver.take<float>(kTileLanes);
+    rows = carver.take<float>(kTileLanes * e);
+  }
+};
+
+/// C = backward_chunk, d = head_dim, e = padded_head_dim.
+struct BackwardScratch {
+  float* query;           // (C, d)
+  float* dout;            // (C, d) g = out_scale * dout
+  float* dquery;          // (C, e) without the factor scale
+  float* row_lse;         // (C) lse_row; +inf for rows that contribute nothing
+  float* row_delta;       // (C)
+  float* key;             // (64, e)
+  float* key_columns;     // (d, 64)
+  float* value_columns;   // (d, 64)
+  float* dkey_columns;    // (d, 64) without the factor scale
+  float* dvalue_columns;  // (d, 64)
+  std::int64_t* key_row;  // (64) packed index of each packed key
+  float* probability;     // (kBackwardRows, 64)
+  float* dscore;          // (kBackwardRows, 64)
+  float* rows;            // (64, e) rows on their way
+
+  BackwardScratch(Carver& carver, const Problem& problem) {
+    const std::int64_t c = backward_chunk(problem);
+    const std::int64_t d = problem.head_dim;
+    const std::int64_t e = padded_head_dim(d);
+    query = carver.take<float>(c * d);
+    dout = carver.take<float>(c * d);
+    dquery = carver.take<float>(c * e);
+    row_lse = carver.take<float>(c);
+    row_delta = carver.take<float>(c);
+    key = carver.take<float>(kTileLanes * e);
+    key_columns = carver.take<float>(kTileLanes * d);
+    value_columns = carver.take<float>(kTileLanes * d);
+    dkey_columns =
+        carver.take<float>(kTileLanes * (d + 4));  // `transpose` reads whole blocks of 4 rows
+    dvalue_columns = carver.take<float>(kTileLanes * (d + 4));
+    key_row = carver.take<std::int64_t>(kTileLanes);
+    probability = carver.take<float>(kBackwardRows * kTileLanes);
+    dscore = carver.take<float>(kBackwardRows * kTileLanes);
+    rows = carver.take<float>(kTileLanes * e);
+  }
+};
+
+/// Bytes of one thread's scratch.
+template <typename Scratch>
+std::int64_t scratch_bytes(const Problem& problem) {
+  Carver counter(nullptr);
+  const Scratch scratch(counter, problem);
+  return counter.bytes();
+}
+
+/// float32 gradients that 16-bit dtypes accumulate in: dquery, dkey, dvalue, one after the other.
+inline std::int64_t gradient_bytes(const Problem& problem) {
+  if (problem.dtype == DType::kFloat32) {
+    return 0;
+  }
+  const std::int64_t rows =
+      problem.batch * problem.seqlen * (problem.num_heads + 2 * problem.num_kv_heads);
+  return rows * problem.head_dim * static_cast<std::int64_t>(sizeof(float));
+}
+
+}  // namespace dilated::cpu
