@@ -1,15 +1,16 @@
 // forward and backward: check the views against the plan, provide scratch, call the back end.
 #include "dilated/attention.h"
 
-#include <fmt/format.h>
-#include <fmt/ranges.h>
-
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
 
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
 #include "dilated/error.h"
+
 #include "src/backend_table.h"
 
 namespace dilated {
@@ -50,7 +51,8 @@ class ViewCheck {
     }
     const bool has_sequences = problem_.batch > 0;
     if (problem_.has_seqused != (masks.seqused != nullptr) && has_sequences) {
-      fail("seqused", problem_.has_seqused ? "one length per sequence" : "none, as the problem has no seqused",
+      fail("seqused",
+           problem_.has_seqused ? "one length per sequence" : "none, as the problem has no seqused",
            problem_.has_seqused ? "none" : "lengths");
     }
   }
@@ -100,7 +102,9 @@ class ViewCheck {
 };
 
 struct FreeAligned {
-  void operator()(std::byte* memory) const { ::operator delete[](memory, std::align_val_t{kAlignment}); }
+  void operator()(std::byte* memory) const {
+    ::operator delete[](memory, std::align_val_t{kAlignment});
+  }
 };
 
 /// The call's context with threads and a large enough, aligned workspace filled in.
@@ -120,7 +124,8 @@ class Scratch {
     }
     if (context_.workspace.size() < needed) {
       check.fail("workspace", fmt::format("at least {} bytes", bytes),
-                 fmt::format("{}", context_.workspace.size()), "plan.workspace_bytes() tells the size");
+                 fmt::format("{}", context_.workspace.size()),
+                 "plan.workspace_bytes() tells the size");
     }
     if (reinterpret_cast<std::uintptr_t>(context_.workspace.data()) % kAlignment != 0) {
       check.fail("workspace", fmt::format("{}-byte alignment", kAlignment),

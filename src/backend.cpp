@@ -1,12 +1,13 @@
 // Choice of a back end, and its explanation. No choice is ever made by catching a failure.
 #include "dilated/backend.h"
 
+#include <cstdlib>
+
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
-#include <cstdlib>
-
 #include "dilated/error.h"
+
 #include "src/backend_table.h"
 
 namespace dilated {
@@ -50,8 +51,8 @@ const Backend& select_backend(const Problem& problem, std::string_view forced_ar
     const Backend& backend = find(forced);
     const std::string reason = reason_against(backend, problem);
     if (!reason.empty()) {
-      raise<Unsupported>({"dilated_attention", forced.argument, "a back end that can run this problem",
-                          forced.name, reason});
+      raise<Unsupported>({"dilated_attention", forced.argument,
+                          "a back end that can run this problem", forced.name, reason});
     }
     return backend;
   }
@@ -97,8 +98,7 @@ std::string explain(const Problem& problem, std::string_view forced_argument) {
     } else if (backend == chosen) {
       text += fmt::format("{:<9} runs this: {}\n", backend->name, backend->description());
     } else {
-      text += fmt::format("{:<9} could run this, {} is preferred\n", backend->name,
-                          chosen->name);
+      text += fmt::format("{:<9} could run this, {} is preferred\n", backend->name, chosen->name);
     }
   }
   return text;

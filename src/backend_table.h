@@ -1,4 +1,5 @@
-// The ordered table of back ends: what each can run, how much scratch it needs, and its two entry points.
+// The ordered table of back ends: what each can run, how much scratch it needs, and its two entry
+// points.
 #pragma once
 
 #include <array>
@@ -20,8 +21,8 @@ struct Backend {
   /// Empty: supports the problem. Else the reason.
   std::string (*rejects)(const Problem&);
   std::int64_t (*workspace_bytes)(const Plan&, Pass, int threads);
-  /// Called with checked views, `context.parallel_for` set and a `context.workspace` that is large enough
-  /// and 64-byte aligned. Never called with num_heads = 0 or an empty batch or sequence.
+  /// Called with checked views, `context.parallel_for` set and a `context.workspace` that is large
+  /// enough and 64-byte aligned. Never called with num_heads = 0 or an empty batch or sequence.
   void (*forward)(const Plan&, const ForwardTensors&, const Context&);
   void (*backward)(const Plan&, const BackwardTensors&, const Context&);
 };
@@ -36,7 +37,8 @@ inline std::array<const Backend*, 3> backend_table() {
   return {&cuda_backend(), &cpu_backend(), &reference_backend()};
 }
 
-/// The back end that runs `problem`. `forced` empty: DILATED_BACKEND if set, else the first that supports it.
+/// The back end that runs `problem`. `forced` empty: DILATED_BACKEND if set, else the first that
+/// supports it.
 const Backend& select_backend(const Problem& problem, std::string_view forced);
 
 }  // namespace dilated

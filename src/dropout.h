@@ -1,5 +1,6 @@
-// Dropout of attention probabilities: Philox4x32-10, one draw per (batch, head, branch, query, key).
-// A pure function of global indices, so tiles, threads and ranks agree and backward regenerates the mask.
+// Dropout of attention probabilities: Philox4x32-10, one draw per (batch, head, branch, query,
+// key). A pure function of global indices, so tiles, threads and ranks agree and backward
+// regenerates the mask.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +8,8 @@
 namespace dilated {
 
 /// Key of one dropout stream. `stream` = (sequence * num_heads + head) * num_branches + branch.
-constexpr std::uint64_t dropout_key(std::uint64_t seed, std::uint64_t offset, std::uint64_t stream) {
+constexpr std::uint64_t dropout_key(std::uint64_t seed, std::uint64_t offset,
+                                    std::uint64_t stream) {
   const auto mix = [](std::uint64_t z) {  // splitmix64 finaliser
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
@@ -16,7 +18,8 @@ constexpr std::uint64_t dropout_key(std::uint64_t seed, std::uint64_t offset, st
   return mix(mix(seed + offset * 0x9E3779B97F4A7C15u) + stream);
 }
 
-/// A probability is kept iff its draw is below this: (1 - p) 2^32, so p = 0 keeps all and p = 1 none.
+/// A probability is kept iff its draw is below this: (1 - p) 2^32, so p = 0 keeps all and p = 1
+/// none.
 constexpr std::uint64_t dropout_threshold(double p) {
   return static_cast<std::uint64_t>((1.0 - p) * 4294967296.0);
 }

@@ -1,7 +1,8 @@
 // Branch, segment and residue arithmetic: the only place where it is written (semantics §3).
 //   covered(p):  o >= 0 and (p mod w_e) mod r == o
 //   K(p)      =  { base + o + i r : 0 <= i < rows } cut by causality and masks
-// Positions count from the start of one sequence of length n. Plain constexpr integers: host and device.
+// Positions count from the start of one sequence of length n. Plain constexpr integers: host and
+// device.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,9 @@
 
 namespace dilated {
 
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return a / b + (a % b != 0 ? 1 : 0); }
+constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
+  return a / b + (a % b != 0 ? 1 : 0);
+}
 
 /// One branch on one sequence of length n > 0.
 struct BranchGeometry {
@@ -33,7 +36,9 @@ struct BranchGeometry {
     return len > o ? ceil_div(len - o, dilation) : 0;
   }
   /// Number of phantom keys z of residue o in segment s (tail = phantom, not causal).
-  constexpr std::int64_t phantoms(std::int64_t s, std::int64_t o) const { return slots() - rows(s, o); }
+  constexpr std::int64_t phantoms(std::int64_t s, std::int64_t o) const {
+    return slots() - rows(s, o);
+  }
   /// Position of row i of residue o in segment s.
   constexpr std::int64_t position(std::int64_t s, std::int64_t o, std::int64_t i) const {
     return segment_begin(s) + o + i * dilation;

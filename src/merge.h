@@ -18,7 +18,8 @@ struct MergeWeights {
   Real second;
 };
 
-/// Absent operands (-inf) get weight 0; two absent operands stay absent. 0.0 is a value like any other.
+/// Absent operands (-inf) get weight 0; two absent operands stay absent. 0.0 is a value like any
+/// other.
 template <typename Real>
 inline MergeWeights<Real> merge_weights(Real a, Real b) {
   const Real top = a > b ? a : b;

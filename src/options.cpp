@@ -1,13 +1,14 @@
 // Presets and offset builders (semantics §2 and §7): names in, a Problem out.
 #include "dilated/options.h"
 
-#include <fmt/format.h>
-#include <fmt/ranges.h>
-
 #include <algorithm>
 #include <array>
 
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
 #include "dilated/error.h"
+
 #include "src/geometry.h"
 
 namespace dilated {
@@ -78,15 +79,15 @@ struct Range {
 };
 
 /// Heads of group b: sizes floor(H/B) + [b < H mod B]; literal is fkodom's [b g_b, (b+1) g_b).
-Range group_range(Groups groups, std::int64_t b, std::int64_t num_branches, std::int64_t num_heads) {
+Range group_range(Groups groups, std::int64_t b, std::int64_t num_branches,
+                  std::int64_t num_heads) {
   if (groups == Groups::kNone) {
     return {0, num_heads};
   }
   const std::int64_t base = num_heads / num_branches;
   const std::int64_t extra = num_heads % num_branches;
   const std::int64_t size = base + (b < extra ? 1 : 0);
-  const std::int64_t begin =
-      groups == Groups::kLiteral ? b * size : b * base + std::min(b, extra);
+  const std::int64_t begin = groups == Groups::kLiteral ? b * size : b * base + std::min(b, extra);
   return {begin, std::min(num_heads, begin + size)};
 }
 
@@ -126,20 +127,23 @@ void check_overrides(const Options& options) {
   if (!options.preset) {
     return;
   }
-  const std::string hint = fmt::format(
-      "preset '{}' fixes it; leave out preset, or override offsets, tail or lse_grad", *options.preset);
+  const std::string hint =
+      fmt::format("preset '{}' fixes it; leave out preset, or override offsets, tail or lse_grad",
+                  *options.preset);
   if (options.merge) {
     reject("merge", "no value together with preset", *options.merge, hint);
   }
   if (options.out_scale) {
-    reject("out_scale", "no value together with preset", fmt::format("{}", *options.out_scale), hint);
+    reject("out_scale", "no value together with preset", fmt::format("{}", *options.out_scale),
+           hint);
   }
   if (options.groups) {
     reject("groups", "no value together with preset", *options.groups, hint);
   }
 }
 
-/// Upstream torchscale shifts the rows of later segments when the dilation does not divide the segment.
+/// Upstream torchscale shifts the rows of later segments when the dilation does not divide the
+/// segment.
 void check_row_shift(const Options& options, const Shapes& shapes) {
   if (!options.preset || *options.preset != "torchscale") {
     return;
@@ -155,7 +159,8 @@ void check_row_shift(const Options& options, const Shapes& shapes) {
       raise<Unsupported>(
           {"dilated_attention", "preset",
            "a dilation that divides its segment wherever a sequence is longer than the segment",
-           fmt::format("segments[{0}] = {1}, dilations[{0}] = {2}, sequence length {3}", b, w, r, longest),
+           fmt::format("segments[{0}] = {1}, dilations[{0}] = {2}, sequence length {3}", b, w, r,
+                       longest),
            "torchscale shifts the rows of later segments there: leave out preset to compute the "
            "unshifted operator, or pass row_shift=True for weights trained that way"});
     }
@@ -166,6 +171,7 @@ void check_row_shift(const Options& options, const Shapes& shapes) {
 
 std::vector<std::string_view> preset_names() {
   std::vector<std::string_view> names;
+  names.reserve(std::size(kPresets));
   for (const Preset& preset : kPresets) {
     names.push_back(preset.name);
   }
@@ -179,9 +185,10 @@ std::vector<std::int64_t> build_offsets(const Options& options, std::int64_t num
   check_lists(options);
   const Preset& preset = preset_of(options);
   const auto num_branches = static_cast<std::int64_t>(options.segments.size());
-  const auto groups = parse<Groups>(
-      "groups", given_or(options.groups, preset.groups),
-      {{"none", Groups::kNone}, {"cumulative", Groups::kCumulative}, {"literal", Groups::kLiteral}});
+  const auto groups = parse<Groups>("groups", given_or(options.groups, preset.groups),
+                                    {{"none", Groups::kNone},
+                                     {"cumulative", Groups::kCumulative},
+                                     {"literal", Groups::kLiteral}});
   const bool has_table = options.offset_table.has_value();
   if (has_table && options.offsets) {
     reject("offsets", "a builder's name or a table", "both");
@@ -200,8 +207,8 @@ std::vector<std::int64_t> build_offsets(const Options& options, std::int64_t num
                                  {"torchscale", Rule::kTorchscale},
                                  {"branch", Rule::kBranch},
                                  {"zero", Rule::kZero}});
-  const bool by_kv_head = parse<bool>("gqa_offset", given_or(options.gqa_offset, "kv"),
-                                      {{"kv", true}, {"q", false}});
+  const bool by_kv_head =
+      parse<bool>("gqa_offset", given_or(options.gqa_offset, "kv"), {{"kv", true}, {"q", false}});
   // A head count that num_kv_heads does not divide is reported by `validate`, not here.
   const std::int64_t heads_per_kv =
       by_kv_head && num_kv_heads > 0 ? std::max<std::int64_t>(1, num_heads / num_kv_heads) : 1;
@@ -244,8 +251,9 @@ Problem make_problem(const Options& options, const Shapes& shapes) {
   problem.num_heads = shapes.num_heads;
   problem.num_kv_heads = shapes.num_kv_heads;
   problem.head_dim = shapes.head_dim;
-  problem.merge = parse<Merge>("merge", given_or(options.merge, preset.merge),
-                               {{"lse", Merge::kLse}, {"sum", Merge::kSum}, {"mean", Merge::kMean}});
+  problem.merge =
+      parse<Merge>("merge", given_or(options.merge, preset.merge),
+                   {{"lse", Merge::kLse}, {"sum", Merge::kSum}, {"mean", Merge::kMean}});
   problem.out_scale = options.out_scale.value_or(
       preset.mean_over_branches ? 1.0 / static_cast<double>(num_branches) : 1.0);
   problem.lse_grad = options.lse_grad.value_or(preset.lse_grad);

@@ -1,8 +1,10 @@
-// What a problem attends to, counted and as a table: pair counts in closed form, patterns by definition.
+// What a problem attends to, counted and as a table: pair counts in closed form, patterns by
+// definition.
 #include <fmt/format.h>
 
 #include "dilated/error.h"
 #include "dilated/problem.h"
+
 #include "src/geometry.h"
 
 namespace dilated {
@@ -53,9 +55,10 @@ std::vector<std::int64_t> count_pairs(const Problem& problem) {
 std::vector<std::int32_t> attention_pattern(const Problem& problem, std::int64_t head) {
   validate(problem);
   if (!problem.cu_seqlens.empty() || problem.seqlen > 4096) {
-    raise<InvalidProblem>({"attention_pattern", "seqlen", "<= 4096, not packed",
-                           problem.cu_seqlens.empty() ? fmt::format("{}", problem.seqlen) : "cu_seqlens",
-                           "the table has seqlen^2 entries"});
+    raise<InvalidProblem>(
+        {"attention_pattern", "seqlen", "<= 4096, not packed",
+         problem.cu_seqlens.empty() ? fmt::format("{}", problem.seqlen) : "cu_seqlens",
+         "the table has seqlen^2 entries"});
   }
   if (head < 0 || head >= problem.num_heads) {
     raise<InvalidProblem>({"attention_pattern", "head",

@@ -1,10 +1,10 @@
 // make_plan: validation, choice of back end, sequences, and the layout of saved branch results.
 #include "dilated/plan.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <cmath>
+
+#include <fmt/format.h>
 
 #include "src/backend_table.h"
 #include "src/geometry.h"

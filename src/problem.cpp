@@ -1,10 +1,10 @@
 // Validation and printing of a Problem: the rules of semantics §2, each with its message.
 #include "dilated/problem.h"
 
+#include <cmath>
+
 #include <fmt/format.h>
 #include <fmt/ranges.h>
-
-#include <cmath>
 
 #include "dilated/error.h"
 
@@ -43,8 +43,7 @@ void validate_shapes(const Problem& problem) {
            fmt::format("{}", problem.num_kv_heads),
            "query head h reads key/value head h / (num_heads / num_kv_heads)");
   }
-  const double elements = static_cast<double>(problem.batch) *
-                          static_cast<double>(problem.seqlen) *
+  const double elements = static_cast<double>(problem.batch) * static_cast<double>(problem.seqlen) *
                           static_cast<double>(problem.num_heads) *
                           static_cast<double>(problem.head_dim);
   if (elements > 0x1p60) {
@@ -99,8 +98,9 @@ void validate_cu_seqlens(const Problem& problem) {
   }
   for (std::size_t i = 1; i < cu.size(); ++i) {
     if (cu[i] < cu[i - 1]) {
-      reject(fmt::format("cu_seqlens[{}]", i), fmt::format(">= cu_seqlens[{}] = {}", i - 1, cu[i - 1]),
-             fmt::format("{}", cu[i]), "equal neighbours are an empty sequence");
+      reject(fmt::format("cu_seqlens[{}]", i),
+             fmt::format(">= cu_seqlens[{}] = {}", i - 1, cu[i - 1]), fmt::format("{}", cu[i]),
+             "equal neighbours are an empty sequence");
     }
   }
   if (cu.back() != problem.seqlen) {

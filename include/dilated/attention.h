@@ -13,7 +13,8 @@ namespace dilated {
 
 /// Key masks and dropout state, shared by both passes. Undefined views mean "not given".
 struct Masks {
-  StridedView<const void, 2> key_mask;  // (batch, seqlen) of bytes, non-zero = key takes part; dtype ignored
+  StridedView<const void, 2>
+      key_mask;  // (batch, seqlen) of bytes, non-zero = key takes part; dtype ignored
   const std::int64_t* seqused = nullptr;  // one length per sequence; keys j >= length are masked
   std::uint64_t dropout_seed = 0;
   std::uint64_t dropout_offset = 0;
@@ -26,7 +27,8 @@ struct ForwardTensors {
   Masks masks;
   TensorView out;  // (batch, seqlen, num_heads, head_dim); every element is written exactly once
   RowView lse;     // (batch, num_heads, seqlen), float32 (float64 for float64 inputs)
-  // Written if defined (and plan.needs_branch_outputs()): normalised output and log-sum-exp of every branch.
+  // Written if defined (and plan.needs_branch_outputs()): normalised output and log-sum-exp of
+  // every branch.
   TensorView branch_out;  // (batch, num_heads, plan.branch_rows(), head_dim), dtype of lse
   RowView branch_lse;     // (batch, num_heads, plan.branch_rows()), dtype of lse
 };
@@ -42,15 +44,15 @@ struct BackwardTensors {
   TensorView dquery, dkey, dvalue;  // like query, key, value
 };
 
-/// Where a call runs: its threads, and scratch memory of plan.workspace_bytes(pass, threads) or empty to let
-/// the core allocate it for the call.
+/// Where a call runs: its threads, and scratch memory of plan.workspace_bytes(pass, threads),
+/// 64-byte aligned, or empty to let the core allocate it for the call.
 struct Context {
   const ParallelFor* parallel_for = nullptr;  // null: `default_parallel_for()`
   std::span<std::byte> workspace;
 };
 
-/// Computes out and lse. Throws InvalidProblem if a view does not fit the plan or the workspace is too small;
-/// nothing is written then.
+/// Computes out and lse. Throws InvalidProblem if a view does not fit the plan or the workspace is
+/// too small; nothing is written then.
 void forward(const Plan& plan, const ForwardTensors& tensors, const Context& context = {});
 
 /// Computes dquery, dkey and dvalue from dout and, optionally, dlse. Throws like `forward`.

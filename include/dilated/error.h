@@ -24,7 +24,8 @@ class InvalidProblem : public Error {
   using Error::Error;
 };
 
-/// A legal request that no back end (or not the forced one) can run. `NotImplementedError` in Python.
+/// A legal request that no back end (or not the forced one) can run. `NotImplementedError` in
+/// Python.
 class Unsupported : public Error {
  public:
   using Error::Error;

@@ -30,22 +30,24 @@ class Plan {
   const Backend& backend() const { return *backend_; }
   /// problem().scale, resolved.
   double scale() const { return scale_; }
-  /// Non-empty and empty sequences alike, in order; index = batch element, or position in cu_seqlens.
+  /// Non-empty and empty sequences alike, in order; index = batch element, or position in
+  /// cu_seqlens.
   const std::vector<Sequence>& sequences() const { return sequences_; }
 
-  /// True when backward needs (O_b, l_b) of every branch: merge sum or mean, or detached merge weights, and
-  /// some head runs more than one branch.
+  /// True when backward needs (O_b, l_b) of every branch: merge sum or mean, or detached merge
+  /// weights, and some head runs more than one branch.
   bool needs_branch_outputs() const { return needs_branch_outputs_; }
   /// Rows per (batch, head) of `branch_out` and `branch_lse`:
   ///   sum over branches of min(n, n / dilation + n / segment + number of sequences + 1)
   /// with n = seqlen, integer division, number of sequences = 1 when not packed. 0 if not needed.
   std::int64_t branch_rows() const { return branch_rows_; }
-  /// First row of branch b, sequence s in `branch_out`. Row i of segment t of that sequence follows at
+  /// First row of branch b, sequence s in `branch_out`. Row i of segment t of that sequence follows
+  /// at
   /// + t * ceil(w_e / r) + i.
   std::int64_t branch_row_begin(std::size_t branch, std::size_t sequence) const;
 
-  /// Bytes of scratch memory that forward or backward uses on at most `threads` threads. The formula is
-  /// documented in docs/architecture.md.
+  /// Bytes of scratch memory that forward or backward uses on at most `threads` threads. The
+  /// formula is documented in docs/architecture.md.
   std::int64_t workspace_bytes(Pass pass, int threads) const;
 
   /// Several lines: problem, back end, derived sizes.

@@ -20,11 +20,12 @@ enum class Tail { kMask, kPhantom };
 std::string_view name_of(Merge merge);
 std::string_view name_of(Tail tail);
 
-/// One (segment, dilation) pair. `offsets[h]` is the residue that query head h keeps, -1 leaves it out.
+/// One (segment, dilation) pair. `offsets[h]` is the residue that query head h keeps, -1 leaves it
+/// out.
 struct Branch {
   std::int64_t segment = 0;
   std::int64_t dilation = 0;
-  std::vector<std::int64_t> offsets;
+  std::vector<std::int64_t> offsets = {};
 
   bool operator==(const Branch&) const = default;
 };
@@ -39,34 +40,37 @@ struct Problem {
   std::int64_t num_kv_heads = 1;
   std::int64_t head_dim = 0;
 
-  std::vector<Branch> branches;
+  std::vector<Branch> branches = {};
   Merge merge = Merge::kLse;
   double out_scale = 1.0;
   bool lse_grad = true;
   Tail tail = Tail::kMask;
   bool is_causal = false;
-  std::optional<double> scale;  // nullopt: head_dim^-1/2
+  std::optional<double> scale = {};  // nullopt: head_dim^-1/2
   double dropout_p = 0.0;
 
-  std::vector<std::int64_t> cu_seqlens;  // empty: not packed; else 0 = c[0] <= c[1] <= ... = seqlen
+  std::vector<std::int64_t> cu_seqlens =
+      {};  // empty: not packed; else 0 = c[0] <= c[1] <= ... = seqlen
   bool has_key_mask = false;
   bool has_seqused = false;
 
   bool operator==(const Problem&) const = default;
 };
 
-/// Throws InvalidProblem, naming argument, value and rule, unless `problem` is legal (semantics §2).
+/// Throws InvalidProblem, naming argument, value and rule, unless `problem` is legal (semantics
+/// §2).
 void validate(const Problem& problem);
 
 /// One line per field.
 std::string to_string(const Problem& problem);
 
-/// Query-key pairs that the mathematics needs, summed over batch and heads, without masks (semantics §10).
-/// One count per branch.
+/// Query-key pairs that the mathematics needs, summed over batch and heads, without masks
+/// (semantics §10). One count per branch.
 std::vector<std::int64_t> count_pairs(const Problem& problem);
 
-/// Row-major (seqlen, seqlen) table for query head `head` of an unpacked problem: entry [p][j] is the number
-/// of branches in which query p sees key j. Throws InvalidProblem for seqlen > 4096 or head out of range.
+/// Row-major (seqlen, seqlen) table for query head `head` of an unpacked problem: entry [p][j] is
+/// the number of branches in which query p sees key j. Throws InvalidProblem for seqlen > 4096 or
+/// head out of range.
 std::vector<std::int32_t> attention_pattern(const Problem& problem, std::int64_t head);
 
 }  // namespace dilated

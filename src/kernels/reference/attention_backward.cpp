@@ -26,9 +26,10 @@ void add_row(const Plan& plan, const BackwardTensors& tensors, std::size_t seque
   const Element* q = row_at<Element>(tensors.query, sequence.batch, position, head);
   const Element* dout = row_at<Element>(tensors.dout, sequence.batch, position, head);
   Element* dquery = row_at<Element>(tensors.dquery, sequence.batch, position, head);
-  const double dlse = tensors.dlse.defined() ? static_cast<double>(item_at<Element>(
-                                                   tensors.dlse, sequence.batch, head, position))
-                                             : 0.0;
+  const double dlse =
+      tensors.dlse.defined()
+          ? static_cast<double>(item_at<Element>(tensors.dlse, sequence.batch, head, position))
+          : 0.0;
   std::vector<double> dq(static_cast<std::size_t>(d), 0.0);
   const auto upstream = [&](std::int64_t c) {
     return problem.out_scale * static_cast<double>(dout[c]);
@@ -104,7 +105,8 @@ void attention_backward(const Plan& plan, const BackwardTensors& tensors, const 
       }
       for (std::int64_t p = 0; p < sequence.length; ++p) {
         Element* dkey = row_at<Element>(tensors.dkey, sequence.batch, sequence.start + p, kv_head);
-        Element* dvalue = row_at<Element>(tensors.dvalue, sequence.batch, sequence.start + p, kv_head);
+        Element* dvalue =
+            row_at<Element>(tensors.dvalue, sequence.batch, sequence.start + p, kv_head);
         for (std::int64_t c = 0; c < d; ++c) {
           dkey[c] = static_cast<Element>(gradients.dkey[p * d + c]);
           dvalue[c] = static_cast<Element>(gradients.dvalue[p * d + c]);

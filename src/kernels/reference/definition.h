@@ -1,5 +1,6 @@
-// The definition of one row, in double precision (semantics §3 and §4): which keys a query sees in a branch,
-// their probabilities, and what the branch contributes. Forward and backward are loops around `Row`.
+// The definition of one row, in double precision (semantics §3 and §4): which keys a query sees in
+// a branch, their probabilities, and what the branch contributes. Forward and backward are loops
+// around `Row`.
 #pragma once
 
 #include <cmath>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "dilated/attention.h"
+
 #include "src/dropout.h"
 #include "src/geometry.h"
 #include "src/merge.h"
@@ -29,7 +31,8 @@ Element* row_at(const TensorView& view, std::int64_t i, std::int64_t j, std::int
 template <typename Element, typename Void>
 auto& item_at(const StridedView<Void, 3>& view, std::int64_t i, std::int64_t j, std::int64_t k) {
   using Item = std::conditional_t<std::is_const_v<Void>, const Element, Element>;
-  return static_cast<Item*>(view.data)[i * view.strides[0] + j * view.strides[1] + k * view.strides[2]];
+  return static_cast<Item*>(
+      view.data)[i * view.strides[0] + j * view.strides[1] + k * view.strides[2]];
 }
 
 template <typename Element>
@@ -41,7 +44,8 @@ double dot(const Element* a, const Element* b, std::int64_t d) {
   return sum;
 }
 
-/// One key that a row sees: its position in the sequence, its probability e^(s - l_b), and that after dropout.
+/// One key that a row sees: its position in the sequence, its probability e^(s - l_b), and that
+/// after dropout.
 struct Term {
   std::int64_t position;
   double probability;
@@ -51,16 +55,16 @@ struct Term {
 /// One branch that covers the row.
 struct BranchTerms {
   std::size_t branch;
-  double lse;                // l_b
-  std::vector<Term> terms;   // K_b(p)
-  std::vector<double> out;   // O_b, after dropout
-  double weight;             // of O_b in O / out_scale
+  double lse;               // l_b
+  std::vector<Term> terms;  // K_b(p)
+  std::vector<double> out;  // O_b, after dropout
+  double weight;            // of O_b in O / out_scale
 };
 
 /// Everything the definition says about one query row.
 struct Row {
-  double lse = kAbsentLse<double>;     // L
-  std::vector<BranchTerms> branches;   // covering branches, in order
+  double lse = kAbsentLse<double>;    // L
+  std::vector<BranchTerms> branches;  // covering branches, in order
 };
 
 /// Evaluates rows of one problem; holds no state between rows.
@@ -148,16 +152,19 @@ class Definition {
     if (top == kAbsentLse<double>) {
       return result;
     }
-    double sum = static_cast<double>(phantoms) * std::exp(-top);
+    // Without phantoms e^-top may overflow (top below -709) and 0 * inf must not appear.
+    double sum = phantoms > 0 ? static_cast<double>(phantoms) * std::exp(-top) : 0.0;
     for (const Term& term : result.terms) {
       sum += std::exp(term.probability - top);
     }
     result.lse = top + std::log(sum);
 
-    const std::uint64_t key = dropout_key(
-        masks_.dropout_seed, masks_.dropout_offset,
-        (sequence_index * static_cast<std::uint64_t>(problem.num_heads) +
-         static_cast<std::uint64_t>(head)) * problem.branches.size() + b);
+    const std::uint64_t key =
+        dropout_key(masks_.dropout_seed, masks_.dropout_offset,
+                    (sequence_index * static_cast<std::uint64_t>(problem.num_heads) +
+                     static_cast<std::uint64_t>(head)) *
+                            problem.branches.size() +
+                        b);
     const std::uint64_t threshold = dropout_threshold(problem.dropout_p);
     for (Term& term : result.terms) {
       term.probability = std::exp(term.probability - result.lse);
@@ -183,7 +190,8 @@ class Definition {
   const Masks& masks_;
 };
 
-/// Runs `body.template operator()<Element>()` for the element type of a problem (float32 or float64).
+/// Runs `body.template operator()<Element>()` for the element type of a problem (float32 or
+/// float64).
 template <typename Body>
 void with_element(DType dtype, const Body& body) {
   if (dtype == DType::kFloat64) {

@@ -1,4 +1,5 @@
-// The reference back end: the definition as loops, float32 and float64, every option, double accumulation.
+// The reference back end: the definition as loops, float32 and float64, every option, double
+// accumulation.
 #include <fmt/format.h>
 
 #include "src/backend_table.h"
@@ -23,9 +24,9 @@ std::string rejects(const Problem& problem) {
 
 /// Forward needs none; backward 16 * longest sequence * head_dim bytes per thread.
 std::int64_t workspace_bytes(const Plan& plan, Pass pass, int threads) {
-  return pass == Pass::kForward
-             ? 0
-             : threads * reference::backward_doubles(plan) * static_cast<std::int64_t>(sizeof(double));
+  return pass == Pass::kForward ? 0
+                                : threads * reference::backward_doubles(plan) *
+                                      static_cast<std::int64_t>(sizeof(double));
 }
 
 }  // namespace
