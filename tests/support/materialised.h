@@ -1,0 +1,23 @@
+// The oracle in C++, independent of the library's geometry: every score matrix is written out in
+// memory.
+//   S = scale Q K^T,  P = e^(S - l),  O_b = P V;  backward as oracle/ref_dilated.py `backward`
+// Run in float64 it is the oracle; run in another dtype, every stored matrix rounded to it and sums
+// in float32, it is the "plain materialised implementation" of the tolerance rule (semantics §11).
+#pragma once
+
+#include "tests/support/call.h"
+
+namespace dilated::testing {
+
+/// `inputs` in any dtype; results hold values of `dtype`, stored as float64.
+Results materialised(const Problem& problem, const Inputs& inputs, DType dtype);
+
+/// Empty if `got` keeps the tolerance rule: error against the reference at most twice that of the
+/// plain implementation in the problem's dtype plus 1e-5, for each result; lse absolute 1e-3. With
+/// `draws` > 1 the error of the plain implementation is the largest over that many inputs of the
+/// same problem: in a problem of a few rows, one input may be exact by luck (a gradient that is 0,
+/// an output that happens to be representable).
+std::string rule_violation(const Problem& problem, const Inputs& inputs, const Results& got,
+                           int draws = 1);
+
+}  // namespace dilated::testing
