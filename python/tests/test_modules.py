@@ -1,0 +1,254 @@
+"""Modules: copies, state, refusals, masks, equality with plain torch. Rows 9, 10, X3, X9."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dilated
+from dilated import InvalidProblem, Unsupported
+
+LISTS: dict[str, Any] = {"segments": [8, 32], "dilations": [1, 4]}
+
+
+def _multihead(**options: Any) -> dilated.MultiheadDilatedAttention:
+    return dilated.MultiheadDilatedAttention(32, 4, **LISTS, **options)
+
+
+class Layer(nn.Module):
+    """A layer that nn.TransformerEncoder can stack; it deep-copies what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = _multihead(num_kv_heads=2, preset="torchscale", dropout=0.1)
+        self.norm = nn.LayerNorm(32)
+
+    def forward(self, src: Tensor, **_: Any) -> Tensor:
+        return src + self.self_attn(self.norm(src))[0]
+
+
+MODULES = {
+    "DilatedAttention": lambda: dilated.DilatedAttention(**LISTS, offsets=[[0] * 4, [3, 2, 1, 0]]),
+    "MultiheadDilatedAttention": lambda: _multihead(num_kv_heads=2, is_causal=True),
+    "preset": lambda: _multihead(preset="fork"),
+    "stack": lambda: nn.TransformerEncoder(Layer(), 4, enable_nested_tensor=False),
+}
+
+
+def _through_bytes(module: nn.Module, save: Any, load: Any) -> nn.Module:
+    buffer = io.BytesIO()
+    save(module, buffer)
+    buffer.seek(0)
+    return load(buffer)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "torch.save": lambda m: _through_bytes(
+        m, torch.save, lambda b: torch.load(b, weights_only=False)
+    ),
+    "state_dict": None,
+}
+
+
+def _train(name: str, module: nn.Module) -> list[Tensor]:
+    """Three steps; returns losses and parameters."""
+    torch.manual_seed(5)
+    x = torch.randn(2, 20, 32)
+    record = []
+    parameters = list(module.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.1) if parameters else None
+    for _ in range(3):
+        if name == "DilatedAttention":
+            heads = x.view(2, 20, 4, 8)
+            out = module(heads, heads, heads)
+        else:
+            out = module(x)
+            out = out[0] if isinstance(out, tuple) else out
+        loss = out.square().mean()
+        record.append(loss.detach())
+        if optimizer is not None:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return record + [p.detach().clone() for p in parameters]
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_trains_like_the_original(name: str, how: str) -> None:
+    """Row 9: also a copy made after use."""
+    original = MODULES[name]()
+    _train(name, copy.deepcopy(original))
+    if COPIES[how] is None:
+        duplicate = MODULES[name]()
+        duplicate.load_state_dict(original.state_dict())
+    else:
+        duplicate = COPIES[how](original)
+    assert type(duplicate) is type(original)
+    for a, b in zip(_train(name, original), _train(name, duplicate), strict=True):
+        assert torch.equal(a, b)
+    again = copy.deepcopy(original)
+    for a, b in zip(_train(name, original), _train(name, again), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_state_dict_names_and_weights_only_load() -> None:
+    module = _multihead(num_kv_heads=2)
+    names = {f"{p}_proj.{x}" for p in ("q", "k", "v", "out") for x in ("weight", "bias")}
+    assert set(module.state_dict()) == names
+    loaded = _through_bytes(
+        module,
+        lambda m, b: torch.save(m.state_dict(), b),
+        lambda b: torch.load(b, weights_only=True),
+    )
+    module.load_state_dict(loaded)
+
+
+def test_equals_torch_multihead_attention_when_dense() -> None:
+    """M1 through the module, with a key padding mask; weights are nn.MultiheadAttention's."""
+    torch_module = nn.MultiheadAttention(32, 4, batch_first=True)
+    module = dilated.MultiheadDilatedAttention(32, 4, segments=[64], dilations=[1])
+    chunks = zip(
+        (module.q_proj, module.k_proj, module.v_proj),
+        torch_module.in_proj_weight.chunk(3),
+        torch_module.in_proj_bias.chunk(3),
+        strict=True,
+    )
+    with torch.no_grad():
+        for projection, weight, bias in chunks:
+            projection.weight.copy_(weight)
+            projection.bias.copy_(bias)
+        module.out_proj.load_state_dict(torch_module.out_proj.state_dict())
+    x = torch.randn(2, 11, 32)
+    padding = torch.zeros(2, 11, dtype=torch.bool)
+    padding[0, 7:] = True
+    wanted, _ = torch_module(x, x, x, key_padding_mask=padding, need_weights=False)
+    got, weights = module(x, x, x, key_padding_mask=padding, need_weights=False)
+    assert weights is None
+    torch.testing.assert_close(got, wanted)
+
+
+def test_key_padding_mask_acts() -> None:
+    """Row 10, X4: padded tokens change no bit of the others."""
+    module = _multihead()
+    x = torch.randn(2, 20, 32)
+    padding = torch.zeros(2, 20, dtype=torch.bool)
+    padding[:, 15:] = True
+    other = x.clone()
+    other[:, 15:] = 1e6
+    a, _ = module(x, key_padding_mask=padding)
+    b, _ = module(other, key_padding_mask=padding)
+    assert torch.equal(a[:, :15], b[:, :15])
+    assert not torch.equal(a, module(x)[0])
+
+
+def test_causal_by_call_or_by_constructor() -> None:
+    x = torch.randn(1, 20, 32)
+    module, causal = _multihead(), _multihead(is_causal=True)
+    causal.load_state_dict(module.state_dict())
+    assert torch.equal(module(x, is_causal=True)[0], causal(x)[0])
+    assert not torch.equal(module(x)[0], causal(x)[0])
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    """Row X9: non-zero, but for the key bias, which shifts all scores of a row alike."""
+    module = _multihead(num_kv_heads=2)
+    module(torch.randn(2, 20, 32))[0].square().sum().backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        largest = float(parameter.grad.abs().max())
+        assert largest < 1e-4 if name == "k_proj.bias" else largest > 1e-4, name
+
+
+def test_factory_arguments_and_meta_initialisation() -> None:
+    """Row 11: constructors choose no device and no dtype."""
+    assert {p.device.type for p in _multihead().parameters()} == {"cpu"}
+    module = _multihead(dtype=torch.float64, bias=False)
+    assert {p.dtype for p in module.parameters()} == {torch.float64}
+    assert module.q_proj.bias is None
+    module(torch.randn(1, 9, 32, dtype=torch.float64))
+    meta = _multihead(device="meta")
+    assert meta(torch.empty(1, 9, 32, device="meta"))[0].shape == (1, 9, 32)
+    meta.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in meta.parameters():
+            parameter.fill_(torch.nan)  # what unwritten memory may hold
+    meta.reset_parameters()
+    assert bool(torch.isfinite(meta(torch.randn(1, 9, 32))[0]).all())
+
+
+CONSTRUCTOR: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"batch_first": False}, Unsupported,
+     "batch_first: expected True, got False (transpose (seqlen, batch, embed_dim) inputs)"),
+    ({"add_bias_kv": True}, Unsupported,
+     "add_bias_kv: expected False, got True (an extra key has no position)"),
+    ({"add_zero_attn": True}, Unsupported,
+     "add_zero_attn: expected False, got True (an extra key has no position)"),
+    ({"kdim": 16}, Unsupported, "kdim: expected embed_dim = 32, got 16 (self-attention only)"),
+    ({"vdim": 16}, Unsupported, "vdim: expected embed_dim = 32, got 16 (self-attention only)"),
+    ({"layout": "bhsd"}, Unsupported,
+     "layout: expected none, got 'bhsd' (inputs are (batch, seqlen, embed_dim))"),
+    ({"num_kv_heads": 3}, InvalidProblem,
+     "num_kv_heads: expected a divisor of num_heads = 4, got 3"),
+    ({"segments": "[8]", "dilations": [1]}, InvalidProblem,
+     "segments: expected a sequence of integers, got '[8]'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "kind", "text"), CONSTRUCTOR, ids=lambda x: str(x)[:40])
+def test_constructor_refuses(options: dict[str, Any], kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind) as caught:
+        dilated.MultiheadDilatedAttention(32, 4, **{**LISTS, **options})
+    assert str(caught.value) == f"dilated_attention: {text}"
+
+
+def test_constructor_refuses_heads_that_do_not_divide() -> None:
+    with pytest.raises(
+        InvalidProblem, match="num_heads: expected a divisor of embed_dim = 32, got 5"
+    ):
+        dilated.MultiheadDilatedAttention(32, 5, **LISTS)
+
+
+CALL: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"need_weights": True}, Unsupported,
+     "need_weights: expected False, got True (weights are never formed)"),
+    ({"attn_mask": torch.zeros(20, 20)}, Unsupported,
+     "attn_mask: expected None, got shape (20, 20) (use is_causal or key_padding_mask)"),
+    ({"key_padding_mask": torch.zeros(2, 20)}, Unsupported,
+     "key_padding_mask: expected bool, got torch.float32 (True = key is ignored)"),
+    ({"key_padding_mask": torch.zeros(20, dtype=torch.bool)}, Unsupported,
+     "key_mask: expected bool of shape (2, 20), got bool of shape (20,) "
+     "(True = key takes part; no other form of mask is supported)"),
+    ({"query": torch.zeros(20, 32)}, InvalidProblem,
+     "query: expected 3 dimensions (batch, seqlen, embed_dim), got shape (20, 32)"),
+    ({"key": torch.zeros(2, 19, 32)}, InvalidProblem,
+     "key: expected shape (2, 20, 4, 8), got (2, 19, 4, 8) "
+     "(batch, seqlen and head_dim as query; key and value have the same heads)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "kind", "text"), CALL, ids=lambda x: str(x)[:40])
+def test_call_refuses(options: dict[str, Any], kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind) as caught:
+        _multihead()(**{"query": torch.zeros(2, 20, 32), **options})
+    assert str(caught.value) == f"dilated_attention: {text}"
+
+
+def test_lse_and_masks_through_the_operator_module() -> None:
+    module = dilated.DilatedAttention(**LISTS, merge="mean", layout="shd")
+    x = torch.randn(12, 4, 8)
+    out, lse = module(x, x, x, cu_seqlens=[0, 5, 12], seqused=[4, 7], return_lse=True)
+    wanted = dilated.dilated_attention(
+        x, x, x, **LISTS, merge="mean", layout="shd", cu_seqlens=[0, 5, 12], seqused=[4, 7]
+    )
+    assert torch.equal(out, wanted)
+    assert lse.shape == (4, 12)
+    assert "segments=(8, 32)" in repr(module)
