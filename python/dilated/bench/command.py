@@ -1,0 +1,164 @@
+"""The command line of the benchmark: `python -m dilated.bench`, `make bench`."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .configurations import QUICK_ROWS, ROWS
+from .runner import run_row
+from .tables import markdown, print_table
+
+
+class _StatusLine:
+    """What runs now, and minutes since the start: one line that rewrites itself on a terminal."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+
+    def __call__(self, text: str) -> None:
+        elapsed = int(time.monotonic() - self._began)
+        line = f"[{elapsed // 60:d}:{elapsed % 60:02d}] {text}"
+        print(f"\r{line:<100.100}" if self._terminal else line, end="" if self._terminal else "\n",
+              file=sys.stderr, flush=True)  # fmt: skip
+
+    def clear(self) -> None:
+        if self._terminal:
+            print("\r" + " " * 100 + "\r", end="", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dilated bench",
+        description="Time the operator against PyTorch compositions, dense attention, torch.mm.",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small rows, eager only: under a minute"
+    )
+    parser.add_argument("--rows", help=f"comma-separated: {', '.join([*ROWS, *QUICK_ROWS])}")
+    parser.add_argument("--repeats", type=int, default=5, help="interleaved timings (default: 5)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--no-compile", action="store_true", help="no torch.compile columns")
+    parser.add_argument(
+        "--compile-budget",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="per composition and row; beyond it eager stands (default: 300)",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="JSON to write (default: a dated name in benchmarks/results)"
+    )
+    parser.add_argument(
+        "--markdown",
+        type=Path,
+        metavar="FILE",
+        help="print this result file as Markdown, run nothing",
+    )
+    return parser
+
+
+def _processor() -> str:
+    """Name of the processor as the kernel knows it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _machine() -> dict[str, Any]:
+    import dilated
+
+    return {
+        "processor": _processor(),
+        "torch_simd": torch.backends.cpu.get_cpu_capability(),
+        "backends": [backend._asdict() for backend in dilated.backends()],
+        **{k: v for k, v in dilated.versions().items() if k != "library"},
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark, prints the table and writes the JSON.
+
+    Args:
+        argv: Arguments without the program's name; default those of the process.
+
+    Returns:
+        Exit status; 1 if interrupted (finished rows are written).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.markdown:
+        try:
+            print(markdown(json.loads(options.markdown.read_text())))
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"--markdown: expected a result file, got {options.markdown} ({error})")
+        return 0
+    if options.repeats < 1:
+        parser.error(f"--repeats: expected at least 1, got {options.repeats}")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads: expected at least 1, got {options.threads}")
+    known = ROWS | QUICK_ROWS
+    names = options.rows.split(",") if options.rows else list(QUICK_ROWS if options.quick else ROWS)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        parser.error(f"--rows: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    started = datetime.datetime.now(datetime.timezone.utc)
+    output = options.output
+    if output is None:
+        kind = "quick" if options.quick else "bench"
+        output = Path("benchmarks", "results", f"{kind}-{started:%Y%m%d-%H%M%S}.json")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.touch()
+    except OSError as error:
+        parser.error(f"--output: cannot write {output}: {error.strerror}")
+    previous_threads = torch.get_num_threads()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    result: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "dilated.bench", *arguments]),
+        "started": f"{started:%Y-%m-%d %H:%M} UTC",
+        "threads": torch.get_num_threads(),
+        "repeats": options.repeats,
+        "machine": _machine(),
+        "rows": [],
+    }
+    status = _StatusLine()
+    interrupted = False
+    try:
+        for name in names:
+            result["rows"].append(
+                run_row(
+                    name,
+                    known[name],
+                    repeats=options.repeats,
+                    compiled=not (options.no_compile or options.quick),
+                    compile_budget=options.compile_budget,
+                    progress=status,
+                )
+            )
+            output.write_text(json.dumps(result, indent=1) + "\n")
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        torch.set_num_threads(previous_threads)
+        status.clear()
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    print_table(result)
+    print(f"{'interrupted; ' if interrupted else ''}written to {output}")
+    return 1 if interrupted else 0
