@@ -1,0 +1,318 @@
+"""LongNetLM: parity with torchscale's formulas, gradients everywhere, copies, compile, sampling."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dilated
+from dilated import reference
+from dilated.models import LongNetLM, apply_xpos, generate, longnet, xpos_tables
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 31,
+    "embed_dim": 32,
+    "num_layers": 3,
+    "num_heads": 4,
+    "segments": [8, 16, 64],
+    "dilations": [1, 2, 4],
+}
+
+
+def make_model(**changes: Any) -> LongNetLM:
+    return LongNetLM(**{**SIZES, **changes})
+
+
+def random_weights(model: LongNetLM) -> LongNetLM:
+    """Every parameter away from its start, norms and biases included."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+# --- torchscale, restated: one function per formula, from its published equations ----------------
+
+
+def layer_norm(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    scaled = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
+    return scaled * weights[name + ".weight"] + weights[name + ".bias"]
+
+
+def linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+    return torch.einsum("...i,oi->...o", x, weights[name + ".weight"]) + weights[name + ".bias"]
+
+
+def xpos(x: Tensor, downscale: bool) -> Tensor:
+    """(n, D): pair i turns by p 10000^(-2i/D), scaled by zeta_i^((p - ceil(n/2)) / 512)."""
+    n, dim = x.shape
+    out = torch.empty_like(x)
+    for p in range(n):
+        for i in range(dim // 2):
+            angle = p * 10000.0 ** (-2 * i / dim)
+            zeta = (2 * i + 0.4 * dim) / (1.4 * dim)
+            scale = zeta ** ((p - math.ceil(n / 2)) / 512)
+            scale = 1 / scale if downscale else scale
+            a, b = x[p, 2 * i], x[p, 2 * i + 1]
+            out[p, 2 * i] = (a * math.cos(angle) - b * math.sin(angle)) * scale
+            out[p, 2 * i + 1] = (b * math.cos(angle) + a * math.sin(angle)) * scale
+    return out
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, head: int, sizes: dict[str, Any]) -> Tensor:
+    """One head: softmax over the keys of all branches, each key once per branch (semantics §5)."""
+    n, dim = q.shape
+    counts = torch.zeros(n, n, dtype=q.dtype)
+    for w, r in zip(sizes["segments"], sizes["dilations"], strict=True):
+        for p in range(n):
+            for j in range(p + 1):
+                same = p // w == j // w
+                kept = p % w % r == head % r == j % w % r
+                counts[p, j] += float(same and kept)
+    weights = counts * torch.exp(q @ k.T / math.sqrt(dim))
+    total = weights.sum(-1, keepdim=True)
+    return torch.where(total > 0, weights / total, 0.0) @ v
+
+
+def torchscale_decoder(
+    weights: dict[str, Tensor], tokens: Tensor, sizes: dict[str, Any], embed_scale: float
+) -> Tensor:
+    """Logits (n, vocab) of one sequence: pre-norm decoder with sub-LayerNorm and xPos."""
+    x = embed_scale * weights["embed_tokens.weight"][tokens]
+    heads = sizes["num_heads"]
+    repeats = heads // sizes.get("num_kv_heads", heads)
+    for number in range(sizes["num_layers"]):
+        layer = f"layers.{number}."
+        normed = layer_norm(x, weights, layer + "self_attn_layer_norm")
+        q, k, v = (linear(normed, weights, layer + f"self_attn.{c}_proj") for c in "qkv")
+        dim = q.shape[-1] // heads
+        outs = []
+        for h in range(heads):
+            kv = slice(h // repeats * dim, (h // repeats + 1) * dim)
+            query = xpos(q[:, h * dim : (h + 1) * dim], downscale=False)
+            key = xpos(k[:, kv], downscale=True)
+            outs.append(attention(query, key, v[:, kv], h // repeats, sizes))
+        inner = layer_norm(torch.cat(outs, -1), weights, layer + "self_attn.inner_attn_ln")
+        x = x + linear(inner, weights, layer + "self_attn.out_proj")
+        normed = layer_norm(x, weights, layer + "final_layer_norm")
+        hidden = linear(normed, weights, layer + "ffn.fc1")
+        hidden = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
+        hidden = layer_norm(hidden, weights, layer + "ffn.ffn_layernorm")
+        x = x + linear(hidden, weights, layer + "ffn.fc2")
+    return layer_norm(x, weights, "layer_norm") @ weights["output_projection.weight"].T
+
+
+@pytest.mark.parametrize(
+    ("changes", "embed_scale"),
+    [({}, 1.0), ({"scale_embedding": True}, math.sqrt(32)), ({"num_kv_heads": 2}, 1.0)],
+)
+def test_equals_torchscale_restated(changes: dict[str, Any], embed_scale: float) -> None:
+    """requirements.md X11: sub-LN, xPos on q and k, absolute positions; 1e-5 in float32."""
+    model = random_weights(make_model(**changes)).eval()
+    tokens = torch.randint(31, (2, 41))
+    weights = {name: value.double() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        actual = model(tokens)
+        for row in range(2):
+            exact = torchscale_decoder(weights, tokens[row], {**SIZES, **changes}, embed_scale)
+            assert (actual[row] - exact).abs().max() < 1e-5 * max(1.0, exact.abs().max())
+
+
+def test_start_is_magnetos() -> None:
+    """v, out, fc1, fc2 start sqrt(log(2 layers)) times wider than q and k (Xavier)."""
+    model = make_model(embed_dim=256, num_layers=4)
+    gamma = math.sqrt(math.log(8))
+    for layer in model.layers:
+        attn, ffn = layer.self_attn, layer.ffn
+        for module, gain in (
+            (attn.q_proj, 1.0), (attn.k_proj, 1.0), (attn.v_proj, gamma),
+            (attn.out_proj, gamma), (ffn.fc1, gamma), (ffn.fc2, gamma),
+        ):  # fmt: skip
+            fan = sum(module.weight.shape)
+            assert module.weight.std().item() == pytest.approx(gain * math.sqrt(2 / fan), rel=0.02)
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    """requirements.md X11: no dead parameter."""
+    model = make_model(num_kv_heads=2)
+    model(torch.randint(31, (2, 40))).square().mean().backward()
+    dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert dead == []
+
+
+def test_causal() -> None:
+    """A changed token changes no earlier logit, bit for bit."""
+    model = make_model().eval()
+    tokens = torch.randint(31, (1, 50))
+    changed = tokens.clone()
+    changed[0, 30] = (tokens[0, 30] + 1) % 31
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :30], after[:, :30])
+    assert not torch.equal(before[:, 30:], after[:, 30:])
+
+
+def test_xpos_depends_on_distance_only() -> None:
+    """The products of q and k at equal distance are equal; far ones fade."""
+    tables = xpos_tables(200, 16, dtype=torch.float64)
+    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64).unbind(0)
+    query = apply_xpos(q.expand(1, 200, 1, 16), tables.query)[0, :, 0]
+    key = apply_xpos(k.expand(1, 200, 1, 16), tables.key)[0, :, 0]
+    scores = query @ key.T
+    for distance in (0, 1, 7, 100):
+        diagonal = scores.diagonal(-distance)
+        assert (diagonal - diagonal[0]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_xpos_in_half_precision_rounds_once(dtype: torch.dtype) -> None:
+    x = torch.randn(1, 4096, 2, 16).to(dtype)
+    table = xpos_tables(4096, 16, dtype=dtype).query
+    assert table.dtype == torch.float32
+    exact = apply_xpos(x.double(), table.double())
+    rounding = torch.finfo(dtype).eps / 2 * exact.abs() + torch.finfo(dtype).smallest_normal
+    pair = exact.unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, -1)
+    cancellation = 4 * torch.finfo(torch.float32).eps * pair  # of a cos - b sin in float32
+    assert ((apply_xpos(x, table).double() - exact).abs() <= rounding + cancellation).all()
+
+
+def test_copies_keep_the_function() -> None:
+    model = make_model().eval()
+    tokens = torch.randint(31, (1, 20))
+    expected = model(tokens)
+    other = make_model().eval()
+    other.load_state_dict(model.state_dict())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), other):
+        assert torch.equal(twin(tokens), expected)
+
+
+def test_compile_gives_one_graph() -> None:
+    model = make_model(num_layers=1).eval()
+    tokens = torch.randint(31, (1, 24))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert (compiled(tokens) - model(tokens)).abs().max() < 1e-5
+
+
+def test_activation_checkpointing_changes_nothing() -> None:
+    tokens = torch.randint(31, (1, 40))
+    plain, saving = make_model(dropout=0.1), make_model(dropout=0.1, activation_checkpointing=True)
+    saving.load_state_dict(plain.state_dict())
+    losses = []
+    for model in (plain, saving):
+        torch.manual_seed(1)
+        losses.append(model(tokens).square().mean())
+        losses[-1].backward()
+    assert torch.equal(losses[0], losses[1])
+    for p, q in zip(plain.parameters(), saving.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_bfloat16_autocast_runs() -> None:
+    model = make_model().eval()
+    tokens = torch.randint(31, (1, 40))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        half = model(tokens)
+    assert (half.float() - model(tokens)).abs().max() < 0.2
+
+
+def test_ten_optimiser_steps_equal_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and every gradient of ten AdamW steps: the operator against dilated.reference."""
+
+    def definition(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        table = [[h % r for h in range(4)] for r in options["dilations"]]
+        chosen = {name: options[name] for name in ("segments", "dilations", "is_causal")}
+        return reference.dilated_attention(q, k, v, offsets=table, **chosen)[0]
+
+    backend = "cpu"
+    text = dilated.explain(64, 4, head_dim=8, segments=SIZES["segments"],
+                           dilations=SIZES["dilations"], is_causal=True)  # fmt: skip
+    assert f"{backend}       runs this" in text, text
+    tokens = torch.randint(31, (10, 2, 65))
+    runs = []
+    initial = make_model().state_dict()
+    for attend in (dilated.dilated_attention, definition):
+        monkeypatch.setattr(longnet, "dilated_attention", attend)
+        model = make_model()
+        model.load_state_dict(initial)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        record = []
+        for batch in tokens:
+            logits = model(batch[:, :-1])
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            record.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
+            optimizer.step()
+        runs.append(record)
+    for step, ((ours, grads), (exact, exact_grads)) in enumerate(zip(*runs, strict=True)):
+        assert abs(ours - exact) < 1e-5, step
+        scale = max(g.abs().max().item() for g in exact_grads)
+        for grad, exact_grad in zip(grads, exact_grads, strict=True):
+            assert (grad - exact_grad).abs().max() < 1e-4 * scale, step
+
+
+def test_generate_continues_and_repeats() -> None:
+    model = make_model().train()
+    prompt = torch.tensor([1, 2, 3])
+    draw = [
+        generate(model, prompt, 12, window=8, generator=torch.Generator().manual_seed(3))
+        for _ in range(2)
+    ]
+    assert torch.equal(*draw)
+    assert draw[0].shape == (12,)
+    assert model.training
+    greedy = generate(model, prompt, 1, temperature=0)
+    model.eval()
+    assert greedy.item() == model(prompt[None])[0, -1].argmax().item()
+    one = generate(model, prompt, 1, top_k=1)
+    assert one.item() == greedy.item()
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (
+            lambda: make_model(embed_dim=36),
+            "LongNetLM: embed_dim: expected a multiple of 2 * num_heads = 8, got 36 "
+            "(xPos rotates pairs of head_dim = embed_dim / num_heads)",
+        ),
+        (
+            lambda: make_model(num_kv_heads=3),
+            "LongNetLM: num_kv_heads: expected a divisor of num_heads = 4, got 3",
+        ),
+        (lambda: make_model(num_layers=0), "LongNetLM: num_layers: expected >= 1, got 0"),
+        (
+            lambda: make_model(colour=1),
+            "LongNetLM: colour: expected one of backend, gqa_offset, groups, lse_grad, merge, "
+            "offsets, out_scale, preset, scale, tail, got an unknown option",
+        ),
+        (
+            lambda: xpos_tables(8, 7),
+            "xpos_tables: head_dim: expected an even number, got 7 (pairs are rotated)",
+        ),
+        (
+            lambda: xpos_tables(8192, 16, dtype=torch.float16),
+            "xpos_tables: seqlen: expected <= 4532 for torch.float16 with scale_base = 512, "
+            "got 8192 (use scale_base >= 926 or a wider dtype)",
+        ),
+        (
+            lambda: generate(make_model(), torch.zeros(0, dtype=torch.int64), 1),
+            "generate: prompt: expected shape (n,) with n >= 1, got (0,)",
+        ),
+        (
+            lambda: generate(make_model(), torch.zeros(1, dtype=torch.int64), 1, temperature=-1),
+            "generate: temperature: expected >= 0, got -1",
+        ),
+    ],
+)
+def test_errors_whole(call: Any, text: str) -> None:
+    with pytest.raises(dilated.InvalidProblem) as caught:
+        call()
+    assert str(caught.value) == text
