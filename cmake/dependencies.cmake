@@ -21,12 +21,12 @@ function(dilated_dependency name hash)
   endif()
   FetchContent_Declare(
     ${name}
+    SYSTEM
     URL ${arg_URLS}
     URL_HASH SHA256=${hash}
     DOWNLOAD_EXTRACT_TIMESTAMP FALSE
     TIMEOUT 300
     INACTIVITY_TIMEOUT 30
-    SYSTEM
     ${subdir}
     ${find_first})
 endfunction()
