@@ -2,10 +2,14 @@
 // head, segment): items of a branch touch disjoint rows of dq, dk and dv, so there are no atomics
 // and the bits do not depend on the number of threads. Two numbers per row, lse_row and delta_row,
 // make all merges one form (g = out_scale dO):
-//   P = exp(s - lse_row);  dV_j += P g;  dS = P (g.v_j - delta_row);  dQ += scale dS k;  dK +=
-//   scale dS q exact     lse_row = L               delta_row = dO.O - dL detached  lse_row = L
-//   delta_row = g.O_b - dL sum       lse_row = l_b             delta_row = g.O_b - w_b dL       w_b
-//   = exp(l_b - L) mean      lse_row = l_b + log n_p   delta_row = g.O_b - n_p w_b dL
+//   P = exp(s - lse_row)         dV_j += P g
+//   dS = P (g.v_j - delta_row)   dQ += scale dS k   dK += scale dS q
+//
+//   exact      lse_row = L               delta_row = dO.O - dL
+//   detached   lse_row = L               delta_row = g.O_b - dL
+//   sum        lse_row = l_b             delta_row = g.O_b - w_b dL       w_b = exp(l_b - L)
+//   mean       lse_row = l_b + log n_p   delta_row = g.O_b - n_p w_b dL
+//
 // Vectors run along the keys (S, P, dS, dK^T, dV^T), so queries and g enter by broadcast as they
 // lie in memory.
 #include <algorithm>
