@@ -30,8 +30,8 @@ class Plan {
   const Backend& backend() const { return *backend_; }
   /// problem().scale, resolved.
   double scale() const { return scale_; }
-  /// Non-empty and empty sequences alike, in order; index = batch element, or position in
-  /// cu_seqlens.
+  /// Non-empty and empty sequences alike, in order: one per batch element, or as cu_seqlens has
+  /// them.
   const std::vector<Sequence>& sequences() const { return sequences_; }
 
   /// True when backward needs (O_b, l_b) of every branch: merge sum or mean, or detached merge
@@ -41,9 +41,8 @@ class Plan {
   ///   sum over branches of min(n, n / dilation + n / segment + number of sequences + 1)
   /// with n = seqlen, integer division, number of sequences = 1 when not packed. 0 if not needed.
   std::int64_t branch_rows() const { return branch_rows_; }
-  /// First row of branch b, sequence s in `branch_out`. Row i of segment t of that sequence follows
-  /// at
-  /// + t * ceil(w_e / r) + i.
+  /// First row of branch b, sequence s in `branch_out`. Row i of segment t of that sequence lies
+  /// t * ceil(w_e / r) + i rows further on.
   std::int64_t branch_row_begin(std::size_t branch, std::size_t sequence) const;
 
   /// Bytes of scratch memory that forward or backward uses on at most `threads` threads. The

@@ -20,8 +20,8 @@ enum class Tail { kMask, kPhantom };
 std::string_view name_of(Merge merge);
 std::string_view name_of(Tail tail);
 
-/// One (segment, dilation) pair. `offsets[h]` is the residue that query head h keeps, -1 leaves it
-/// out.
+/// One (segment, dilation) pair. `offsets[h]` is the residue that query head h keeps; with -1 it
+/// takes no part in the branch.
 struct Branch {
   std::int64_t segment = 0;
   std::int64_t dilation = 0;
@@ -49,16 +49,19 @@ struct Problem {
   std::optional<double> scale = {};  // nullopt: head_dim^-1/2
   double dropout_p = 0.0;
 
-  std::vector<std::int64_t> cu_seqlens =
-      {};  // empty: not packed; else 0 = c[0] <= c[1] <= ... = seqlen
+  // Empty: not packed; else 0 = c[0] <= c[1] <= ... = seqlen.
+  std::vector<std::int64_t> cu_seqlens = {};
   bool has_key_mask = false;
   bool has_seqused = false;
+
+  /// Query head h reads key/value head h / heads_per_kv_head(). For a legal problem with heads.
+  std::int64_t heads_per_kv_head() const { return num_heads / num_kv_heads; }
 
   bool operator==(const Problem&) const = default;
 };
 
-/// Throws InvalidProblem, naming argument, value and rule, unless `problem` is legal (semantics
-/// §2).
+/// Throws InvalidProblem, naming argument, value and rule, unless `problem` is legal, that is,
+/// obeys semantics §2.
 void validate(const Problem& problem);
 
 /// One line per field.

@@ -144,8 +144,7 @@ def forward(
     return out, lse
 
 
-# --------------------------------------------------------------------------------------------- fake
-# tensors
+# Fake tensors: what tracing and compilers see.
 _INPUT_NAMES = ("query", "key", "value", *Extras._fields)
 
 
@@ -233,9 +232,7 @@ def _forward_fake(
         lse_shape = [batch, heads, seqlen]
     rows: Any = 0
     if save_branches and needed:
-        heads = int(
-            heads
-        )  # whether branches are saved depends on the number of heads: one graph each
+        heads = int(heads)  # whether branches are saved depends on it: one graph per number
         rows = _branch_rows(seqlen, 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1, options)
     dtype = _lse_dtype(query)
     return (
@@ -256,8 +253,7 @@ torch.library.register_fake("dilated::forward", _forward_fake)
 torch.library.register_fake("dilated::backward", _backward_fake)
 
 
-# ------------------------------------------------------------------------------------------------
-# gradients
+# Gradients.
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors, (layout, backend, _), options = inputs[:7], inputs[7:10], inputs[10:]
     ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])

@@ -320,8 +320,8 @@ def _describe(config: TrainConfig, corpus: Corpus) -> None:
 
     print(
         f"corpus: {corpus.origin}: {corpus.train.numel():,} bytes in {corpus.num_train_files} "
-        "files to "
-        f"learn from, {corpus.num_held_out_bytes:,} bytes in {len(corpus.held_out)} held out"
+        f"files to learn from, {corpus.num_held_out_bytes:,} bytes in {len(corpus.held_out)} held "
+        "out"
     )
     print(
         f"model: {config.model.num_layers} layers, width {config.model.embed_dim}, "

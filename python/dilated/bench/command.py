@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 import shlex
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from .configurations import QUICK_ROWS, ROWS
+from .machine import describe_machine
 from .runner import run_row
 from .tables import markdown, print_table
 
@@ -69,27 +69,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _processor() -> str:
-    """Name of the processor as the kernel knows it."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _machine() -> dict[str, Any]:
-    import dilated
-
-    return {
-        "processor": _processor(),
-        "torch_simd": torch.backends.cpu.get_cpu_capability(),
-        "backends": [backend._asdict() for backend in dilated.backends()],
-        **{k: v for k, v in dilated.versions().items() if k != "library"},
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark, prints the table and writes the JSON.
 
@@ -135,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "started": f"{started:%Y-%m-%d %H:%M} UTC",
         "threads": torch.get_num_threads(),
         "repeats": options.repeats,
-        "machine": _machine(),
+        "machine": describe_machine(),
         "rows": [],
     }
     status = _StatusLine()

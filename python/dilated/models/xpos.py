@@ -74,8 +74,8 @@ def xpos_tables(
         needed = math.ceil(scale_base * reach / limit)
         raise InvalidProblem(
             f"xpos_tables: seqlen: expected <= {int(seqlen * limit / reach)} for {dtype} with "
-            f"scale_base = {scale_base:g}, got {seqlen} (use scale_base >= {needed} or a wider "
-            "dtype)"
+            f"scale_base = {scale_base:g}, got {seqlen} "
+            f"(use scale_base >= {needed} or a wider dtype)"
         )
     # float64 here: position * frequency in float32 is off by 1e-3 rad at position 16,384.
     pair = torch.arange(head_dim // 2, dtype=torch.float64, device=device)

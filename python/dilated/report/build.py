@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import dilated
+from dilated.bench.machine import describe_machine
 from dilated.models import generate
 from dilated.report import figures, html
-from dilated.report.machine import describe_machine
 from dilated.training.checkpoint import write_durably
 from dilated.training.errors import TrainingError, reason
 from dilated.training.evaluation import ContextCurve, bits_by_context, held_out_windows
@@ -160,8 +160,8 @@ def _page(report: dict[str, Any], curve: ContextCurve, config: Any) -> str:
                 {
                     "command": report["command"],
                     "corpus": f"{corpus['origin']}: {corpus['train_bytes']:,} bytes in "
-                    f"{corpus['train_files']} files to learn from, {corpus['held_out_bytes']:,} "
-                    "bytes in "
+                    f"{corpus['train_files']} files to learn from, "
+                    f"{corpus['held_out_bytes']:,} bytes in "
                     f"{len(corpus['held_out_files'])} files held out",
                     "model": f"LongNetLM, {report['parameters']:,} parameters, "
                     f"{config.model.num_layers} layers, width {config.model.embed_dim}, "
@@ -186,13 +186,10 @@ def _page(report: dict[str, Any], curve: ContextCurve, config: Any) -> str:
             figures.svg(figures.context_figure(curve))
             + html.paragraph(
                 f"The same {curve.num_windows * curve.scored_bytes:,} held-out bytes at every "
-                "context: the "
-                f"last {curve.scored_bytes} of {curve.num_windows} windows. For a context c the "
-                "model reads "
-                f"only the c bytes that end there. The longest context gains "
-                f"{curve.gain[-1]:.4f} ± {curve.gain_standard_error[-1]:.4f} bits per byte over "
-                "the "
-                "shortest."
+                f"context: the last {curve.scored_bytes} of {curve.num_windows} windows. For a "
+                "context c the model reads only the c bytes that end there. The longest context "
+                f"gains {curve.gain[-1]:.4f} ± {curve.gain_standard_error[-1]:.4f} bits per byte "
+                "over the shortest."
             ),
         ),
     ]
@@ -219,8 +216,7 @@ def _page(report: dict[str, Any], curve: ContextCurve, config: Any) -> str:
             + html.paragraph(
                 f"Grey: held-out prompt. Black: written by the model at temperature "
                 f"{sample['temperature']}, in {sample['seconds']:.1f} s; each byte runs the model "
-                "over the "
-                f"last {sample['window']:,} bytes again."
+                f"over the last {sample['window']:,} bytes again."
             ),
         ),
         ("Machine and versions", html.facts(report["machine"])),
@@ -235,8 +231,7 @@ def _timing_section(rows: Sequence[dict[str, Any]]) -> str:
     text = figures.svg(figures.timing_figure(measured(rows)))
     text += html.paragraph(
         "Measured in one run on the same threads, repeats interleaved: this configuration, causal, "
-        "one "
-        "sequence, float32. Extra memory: the largest amount above inputs and before the call."
+        "one sequence, float32. Extra memory: the largest amount above inputs and results."
     )
     return text + html.table(HEADER, [cells(row) for row in rows], numbers_from=3)
 

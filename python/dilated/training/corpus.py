@@ -139,9 +139,8 @@ def _split_bytes(content: bytes, name: str, context: int, origin: str) -> Corpus
     if cut <= context:
         raise TrainingError(
             f"--input: expected at least {2 * (context + 1)} bytes (one window to learn from and "
-            "one to "
-            f"judge by, at --context {context}), got {len(content)} (a longer file, or a smaller "
-            "--context)"
+            f"one to judge by, at --context {context}), got {len(content)} "
+            "(a longer file, or a smaller --context)"
         )
     return _checked(origin, content[:cut], [(name, content[cut:])], 1, context)
 

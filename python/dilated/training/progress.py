@@ -71,9 +71,8 @@ def _plain(first_step: int, steps: int) -> Display:
             return
         last = now
         print(
-            f"step {step}/{steps} | {bits_per_byte:.3f} bits/byte | {bytes_per_second / 1e3:.1f} "
-            "kB/s | "
-            f"{left(step)} left",
+            f"step {step}/{steps} | {bits_per_byte:.3f} bits/byte | "
+            f"{bytes_per_second / 1e3:.1f} kB/s | {left(step)} left",
             flush=True,
         )
 

@@ -103,7 +103,7 @@ class BackwardSegment {
         keys_(tensors.masks, sequence_, item.sequence) {}
 
   void run() {
-    const std::int64_t group = problem_.num_heads / problem_.num_kv_heads;
+    const std::int64_t group = problem_.heads_per_kv_head();
     for (head_ = kv_head_ * group; head_ < (kv_head_ + 1) * group; ++head_) {
       offset_ = problem_.branches[branch_].offsets[static_cast<std::size_t>(head_)];
       if (offset_ < 0) {
@@ -189,8 +189,10 @@ class BackwardSegment {
       if (problem_.merge != Merge::kLse) {
         const float branch_lse =
             cpu::item_at(tensors_.branch_lse, sequence_.batch, head_, slot_row);
-        const float count =
-            problem_.merge == Merge::kMean ? covering_branches(position(row)) : 1.0f;
+        const auto count = static_cast<float>(
+            problem_.merge == Merge::kMean
+                ? cpu::covering_branches(problem_, sequence_.length, head_, position(row))
+                : 1);
         // 0 * exp(-inf - -inf) must not appear: such a row has no keys and is dropped below.
         delta = branch_lse == -kInfinity ? 0.0f : -dlse * count * std::exp(branch_lse - lse);
         lse = branch_lse + std::log(count);
@@ -209,15 +211,6 @@ class BackwardSegment {
     const bool has_keys = lse != -kInfinity;
     scratch_.row_lse[slot] = has_keys ? lse : kInfinity;
     scratch_.row_delta[slot] = has_keys ? delta : 0.0f;
-  }
-
-  float covering_branches(std::int64_t p) const {
-    int covering = 0;
-    for (const Branch& branch : problem_.branches) {
-      const BranchGeometry geometry(sequence_.length, branch.segment, branch.dilation);
-      covering += geometry.covers(p, branch.offsets[static_cast<std::size_t>(head_)]) ? 1 : 0;
-    }
-    return static_cast<float>(covering);
   }
 
   /// Keys [first, last) that take part, as rows (K) and as columns (K, V); zeroes their gradient

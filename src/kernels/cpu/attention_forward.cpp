@@ -44,7 +44,7 @@ class ForwardBlock {
         sequence_index_(item.sequence),
         sequence_(plan.sequences()[item.sequence]),
         head_(item.head),
-        kv_head_(item.head / (problem_.num_heads / problem_.num_kv_heads)),
+        kv_head_(item.head / problem_.heads_per_kv_head()),
         begin_(item.part * cpu::forward_block(problem_)),
         end_(std::min(begin_ + cpu::forward_block(problem_), sequence_.length)),
         head_dim_(static_cast<std::size_t>(problem_.head_dim)),
@@ -314,23 +314,15 @@ class ForwardBlock {
     }
   }
 
-  /// 1 / (number of branches that cover a position) for merge = mean, else 1.
-  float mean_factor(std::int64_t position) const {
-    if (problem_.merge != Merge::kMean) {
-      return 1.0f;
-    }
-    int covering = 0;
-    for (std::size_t b = 0; b < problem_.branches.size(); ++b) {
-      covering += geometry_of(b).covers(position, offset_of(b)) ? 1 : 0;
-    }
-    return covering > 1 ? 1.0f / static_cast<float>(covering) : 1.0f;
-  }
-
   void write_rows() {
     const auto out_scale = static_cast<float>(problem_.out_scale);
     for (std::int64_t p = begin_; p < end_; ++p) {
       float* const row = scratch_.state_out + static_cast<std::size_t>(p - begin_) * padded_;
-      const float factor = out_scale * mean_factor(p);
+      float factor = out_scale;
+      if (problem_.merge == Merge::kMean) {  // a row that no branch covers is zero anyway
+        factor /= static_cast<float>(
+            std::max(1, cpu::covering_branches(problem_, sequence_.length, head_, p)));
+      }
       if (factor != 1.0f) {
         for (std::size_t c = 0; c < head_dim_; ++c) {
           row[c] *= factor;

@@ -24,8 +24,8 @@ using FloatTag = hn::CappedTag<float, 16>;
 using FloatVector = hn::Vec<FloatTag>;
 inline constexpr std::size_t kVectorFloats = hn::MaxLanes(FloatTag());
 
-// AVX-512 and AArch64 have 32 vector registers: 24 sums + 4 of B + 1 of A. Elsewhere 16: 12 + 2
-// + 1.
+// AVX-512 and AArch64 have 32 vector registers: 24 sums, 4 of B, 1 of A. Elsewhere there are 16:
+// 12 sums, 2 of B, 1 of A.
 inline constexpr bool kManyRegisters =
     HWY_ARCH_X86 ? kVectorFloats >= 16 : (HWY_ARCH_ARM_A64 || HWY_ARCH_PPC);
 inline constexpr std::size_t kPanelVectors = kManyRegisters ? 4 : 2;
@@ -51,25 +51,9 @@ struct Block {
   FloatVector sum[kRows][kVectors];
 };
 
-/// Stores the sums.
-struct Store {
-  float* out;
-  std::size_t stride;
-
-  template <std::size_t kRows, std::size_t kVectors>
-  HWY_INLINE void operator()(const Block<kRows, kVectors>& block, std::size_t row,
-                             std::size_t column) const {
-    const FloatTag tag;
-    for (std::size_t i = 0; i < kRows; ++i) {
-      for (std::size_t v = 0; v < kVectors; ++v) {
-        hn::StoreU(block.sum[i][v], tag, out + (row + i) * stride + column + v * kVectorFloats);
-      }
-    }
-  }
-};
-
-/// Adds the sums to `out`.
-struct Accumulate {
+/// Stores the sums in `out`, or adds them to what is there.
+template <bool kAdd>
+struct Write {
   float* out;
   std::size_t stride;
 
@@ -80,11 +64,17 @@ struct Accumulate {
     for (std::size_t i = 0; i < kRows; ++i) {
       for (std::size_t v = 0; v < kVectors; ++v) {
         float* at = out + (row + i) * stride + column + v * kVectorFloats;
-        hn::StoreU(hn::Add(hn::LoadU(tag, at), block.sum[i][v]), tag, at);
+        FloatVector sum = block.sum[i][v];
+        if constexpr (kAdd) {
+          sum = hn::Add(hn::LoadU(tag, at), sum);
+        }
+        hn::StoreU(sum, tag, at);
       }
     }
   }
 };
+using Store = Write<false>;
+using Accumulate = Write<true>;
 
 /// One block of kRows x kVectors sums, kept in registers over the whole depth.
 template <std::size_t kRows, std::size_t kVectors, class Finish>

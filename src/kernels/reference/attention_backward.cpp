@@ -88,7 +88,7 @@ std::int64_t backward_doubles(const Plan& plan) {
 void attention_backward(const Plan& plan, const BackwardTensors& tensors, const Context& context) {
   const Problem& problem = plan.problem();
   const auto sequences = static_cast<std::int64_t>(plan.sequences().size());
-  const std::int64_t group = problem.num_heads / problem.num_kv_heads;
+  const std::int64_t group = problem.heads_per_kv_head();
   const std::int64_t d = problem.head_dim;
   with_element(problem.dtype, [&]<typename Element>() {
     const Definition<Element> definition(plan, tensors.query, tensors.key, tensors.value,

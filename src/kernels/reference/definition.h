@@ -76,8 +76,7 @@ class Definition {
       : plan_(plan), query_(query), key_(key), value_(value), masks_(masks) {}
 
   std::int64_t kv_head(std::int64_t head) const {
-    const Problem& problem = plan_.problem();
-    return head / (problem.num_heads / problem.num_kv_heads);
+    return head / plan_.problem().heads_per_kv_head();
   }
 
   Row row(std::size_t sequence_index, std::int64_t head, std::int64_t p) const {

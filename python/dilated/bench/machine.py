@@ -20,6 +20,7 @@ def describe_machine() -> dict[str, str]:
         "threads used by torch": str(torch.get_num_threads()),
         "memory": _memory(),
         "system": platform.platform(),
+        "back ends": "; ".join(f"{b.name}: {b.description}" for b in dilated.backends()),
     }
     # The library's path says nothing to a reader elsewhere.
     versions = {name: value for name, value in dilated.versions().items() if name != "library"}
