@@ -36,7 +36,7 @@ constexpr float kLn2 = 0.6931471805599453f;
 class ForwardBlock {
  public:
   ForwardBlock(const Plan& plan, const ForwardTensors& tensors, const ForwardScratch& scratch,
-               const cpu::Item& item)
+               std::int64_t block, const cpu::Item& item)
       : plan_(plan),
         problem_(plan.problem()),
         tensors_(tensors),
@@ -45,8 +45,8 @@ class ForwardBlock {
         sequence_(plan.sequences()[item.sequence]),
         head_(item.head),
         kv_head_(item.head / problem_.heads_per_kv_head()),
-        begin_(item.part * cpu::forward_block(problem_)),
-        end_(std::min(begin_ + cpu::forward_block(problem_), sequence_.length)),
+        begin_(item.part * block),
+        end_(std::min(begin_ + block, sequence_.length)),
         head_dim_(static_cast<std::size_t>(problem_.head_dim)),
         padded_(static_cast<std::size_t>(cpu::padded_head_dim(problem_.head_dim))),
         keys_(tensors.masks, sequence_, item.sequence) {}
@@ -55,11 +55,9 @@ class ForwardBlock {
     const auto rows = static_cast<std::size_t>(end_ - begin_);
     std::fill_n(scratch_.state_out, rows * padded_, 0.0f);
     std::fill_n(scratch_.state_lse, rows, kMinusInfinity);
-    Piece piece = find_piece(order, 0, 0);
+    Piece piece = find_piece(order, 0, 0, 0);
     while (piece.rank < order.size()) {
-      const bool ends = piece.segment >= (end_ - 1) / piece.geometry.segment;
-      const Piece next =
-          find_piece(order, piece.rank + (ends ? 1 : 0), ends ? 0 : piece.segment + 1);
+      const Piece next = find_piece(order, piece.rank, piece.segment, piece.last);
       attend(piece, next.rank < order.size() ? &next : nullptr);
       piece = next;
     }
@@ -84,7 +82,7 @@ class ForwardBlock {
     return scratch_.sums + tile * kTileLanes * problem_.head_dim;
   }
 
-  /// Rows [first, last) of residue `offset` in one segment of one branch.
+  /// At most forward_chunk rows [first, last) of residue `offset` in one segment of one branch.
   struct Piece {
     std::size_t rank;  // in the order of branches
     std::size_t branch;
@@ -95,11 +93,12 @@ class ForwardBlock {
     std::int64_t last;
   };
 
-  /// First non-empty piece from branch order[rank] and segment `segment` on; rank = order.size() if
-  /// none is left.
-  Piece find_piece(const std::vector<std::size_t>& order, std::size_t rank,
-                   std::int64_t segment) const {
-    for (; rank < order.size(); ++rank, segment = 0) {
+  /// First non-empty piece from row `row` of segment `segment` of branch order[rank] on; rank =
+  /// order.size() if none is left.
+  Piece find_piece(const std::vector<std::size_t>& order, std::size_t rank, std::int64_t segment,
+                   std::int64_t row) const {
+    const std::int64_t chunk = cpu::forward_chunk(problem_);
+    for (; rank < order.size(); ++rank, segment = row = 0) {
       const std::size_t branch = order[rank];
       const std::int64_t offset = offset_of(branch);
       if (offset < 0) {
@@ -107,11 +106,11 @@ class ForwardBlock {
       }
       const BranchGeometry geometry = geometry_of(branch);
       segment = std::max(segment, begin_ / geometry.segment);
-      for (; segment <= (end_ - 1) / geometry.segment; ++segment) {
-        const std::int64_t first = geometry.first_row_at(segment, offset, begin_);
+      for (; segment <= (end_ - 1) / geometry.segment; ++segment, row = 0) {
+        const std::int64_t first = std::max(row, geometry.first_row_at(segment, offset, begin_));
         const std::int64_t last = geometry.first_row_at(segment, offset, end_);
         if (first < last) {
-          return {rank, branch, geometry, segment, offset, first, last};
+          return {rank, branch, geometry, segment, offset, first, std::min(last, first + chunk)};
         }
       }
     }
@@ -356,15 +355,16 @@ class ForwardBlock {
 void forward_on_target(const Plan& plan, const ForwardTensors& tensors, const Context& context) {
   const Problem& problem = plan.problem();
   const std::vector<std::size_t> order = cpu::ascending_branches(problem);
-  const std::int64_t block = cpu::forward_block(problem);
+  const int threads = context.parallel_for->num_threads();
+  const std::int64_t block = cpu::forward_block(problem, threads);
   const cpu::ItemRange items(plan.sequences(), problem.num_heads,
                              [block](std::int64_t length) { return ceil_div(length, block); });
-  const std::int64_t bytes = cpu::scratch_bytes<ForwardScratch>(problem);
+  const std::int64_t bytes = cpu::scratch_bytes<ForwardScratch>(problem, threads);
   context.parallel_for->run(items.size(), [&](std::int64_t begin, std::int64_t end, int thread) {
     cpu::Carver carver(context.workspace.data() + thread * bytes);
-    const ForwardScratch scratch(carver, problem);
+    const ForwardScratch scratch(carver, problem, threads);
     items.visit(begin, end, [&](const cpu::Item& item) {
-      ForwardBlock(plan, tensors, scratch, item).run(order);
+      ForwardBlock(plan, tensors, scratch, block, item).run(order);
     });
   });
 }

@@ -28,13 +28,13 @@ std::string rejects(const Problem& problem) {
   return "";
 }
 
-/// threads * tiles of one thread (scratch.h: at most about 1.6 MB), plus, in the backward pass of
-/// 16-bit dtypes, float32 gradients of the whole call: 4 * batch * seqlen * head_dim * (num_heads +
-/// 2 * num_kv_heads) bytes.
+/// threads * tiles of one thread (scratch.h: 2 MB at head_dim 64, at most 5.4 MB), plus, in the
+/// backward pass of 16-bit dtypes, float32 gradients of the whole call: 4 * batch * seqlen *
+/// head_dim * (num_heads + 2 * num_kv_heads) bytes.
 std::int64_t workspace_bytes(const Plan& plan, Pass pass, int threads) {
   const Problem& problem = plan.problem();
   if (pass == Pass::kForward) {
-    return threads * cpu::scratch_bytes<cpu::ForwardScratch>(problem);
+    return threads * cpu::scratch_bytes<cpu::ForwardScratch>(problem, threads);
   }
   return threads * cpu::scratch_bytes<cpu::BackwardScratch>(problem) + cpu::gradient_bytes(problem);
 }

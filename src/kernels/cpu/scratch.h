@@ -1,7 +1,6 @@
 // Scratch memory of one thread: how the tiles of forward and backward are cut from the call's
 // workspace. The same `carve` runs once with null memory to count bytes and then with real memory,
-// so that the formula of `workspace_bytes` and the use of it cannot differ. Sizes depend on the
-// Problem only.
+// so that the formula of `workspace_bytes` and the use of it cannot differ.
 #pragma once
 
 #include <algorithm>
@@ -27,21 +26,23 @@ constexpr std::int64_t round_up(std::int64_t value, std::int64_t step) {
 /// floats.
 constexpr std::int64_t padded_head_dim(std::int64_t head_dim) { return round_up(head_dim, 16); }
 
-/// Consecutive query positions of one forward work item. Long, so that a packed key tile serves
-/// many queries: 128 rows of the sparsest class, as long as its queries and sums (8 bytes per
-/// element) fit in less than 1 MB of L2; but short enough for 32 items. No bit of the result
-/// depends on it.
-inline std::int64_t forward_block(const Problem& problem) {
-  std::int64_t dilation = 1;
-  for (const Branch& branch : problem.branches) {
-    dilation = std::max(dilation, std::min<std::int64_t>(branch.dilation, 16));
-  }
+/// Rows of one class whose queries and sums stay in L2 (8 bytes per element, at most 768 KB) while
+/// all keys pass by. No bit of the result depends on it, nor on `forward_block`.
+inline std::int64_t forward_chunk(const Problem& problem) {
   const std::int64_t fitting =
       std::max<std::int64_t>(98304 / problem.head_dim / kTileLanes, 2) * kTileLanes;
-  const std::int64_t share = problem.batch * problem.seqlen * problem.num_heads / 32;
-  const std::int64_t block =
-      std::min({2 * dilation * kTileLanes, fitting, std::int64_t{2048}, problem.seqlen});
-  return round_up(std::min(block, std::max<std::int64_t>(share, 256)), kTileLanes);
+  return std::min({fitting, std::int64_t{2048}, round_up(problem.seqlen, kTileLanes)});
+}
+
+/// Consecutive query positions of one forward work item. Long, so that a packed key tile serves
+/// many rows of a sparse class, but short enough for 32 items per thread: with 1536 at head_dim 64
+/// and 768 at 128 the paper's configuration was 3 and 6 % slower on two AVX-512 cores.
+inline std::int64_t forward_block(const Problem& problem, int threads) {
+  const std::int64_t share =
+      problem.batch * problem.seqlen * problem.num_heads / (std::int64_t{32} * threads);
+  return round_up(
+      std::min({std::max<std::int64_t>(share, 256), std::int64_t{4096}, problem.seqlen}),
+      kTileLanes);
 }
 
 /// Query rows whose q, g and dq stay in L2 (12 bytes per element, about 768 KB) while all keys pass
@@ -71,14 +72,14 @@ class Carver {
   std::int64_t bytes_ = 0;
 };
 
-/// T = forward_block, d = head_dim, e = padded_head_dim.
+/// T = forward_block, C = forward_chunk, d = head_dim, e = padded_head_dim.
 struct ForwardScratch {
   float* state_out;       // (T, e) merged output of the block
   float* state_lse;       // (T) merged log-sum-exp, natural
-  float* query;           // (T / 64, d, 64) packed, times scale * log2(e)
-  float* sums;            // (T / 64, d, 64) unnormalised output of one branch
-  float* row_max;         // (T) running maximum, base 2
-  float* row_sum;         // (T)
+  float* query;           // (C / 64, d, 64) packed, times scale * log2(e)
+  float* sums;            // (C / 64, d, 64) unnormalised output of one branch
+  float* row_max;         // (C) running maximum, base 2
+  float* row_sum;         // (C)
   float* key;             // (kForwardKeys, d)
   float* value;           // (kForwardKeys, d)
   std::int64_t* key_row;  // (kForwardKeys) packed index of each packed key
@@ -87,16 +88,17 @@ struct ForwardScratch {
   float* rescale;         // (64) factor of older sums
   float* rows;            // (64, e) normalised rows of one query tile
 
-  ForwardScratch(Carver& carver, const Problem& problem) {
-    const std::int64_t t = forward_block(problem);
+  ForwardScratch(Carver& carver, const Problem& problem, int threads) {
+    const std::int64_t t = forward_block(problem, threads);
+    const std::int64_t c = forward_chunk(problem);
     const std::int64_t d = problem.head_dim;
     const std::int64_t e = padded_head_dim(d);
     state_out = carver.take<float>(t * e);
     state_lse = carver.take<float>(t);
-    query = carver.take<float>(t * d);
-    sums = carver.take<float>(t * d + 4 * kTileLanes);  // `transpose` reads whole blocks of 4 rows
-    row_max = carver.take<float>(t);
-    row_sum = carver.take<float>(t);
+    query = carver.take<float>(c * d);
+    sums = carver.take<float>(c * d + 4 * kTileLanes);  // `transpose` reads whole blocks of 4 rows
+    row_max = carver.take<float>(c);
+    row_sum = carver.take<float>(c);
     key = carver.take<float>(kForwardKeys * d);
     value = carver.take<float>(kForwardKeys * d);
     key_row = carver.take<std::int64_t>(kForwardKeys);
@@ -146,11 +148,11 @@ struct BackwardScratch {
   }
 };
 
-/// Bytes of one thread's scratch.
-template <typename Scratch>
-std::int64_t scratch_bytes(const Problem& problem) {
+/// Bytes of one thread's scratch; arguments are those of its constructor.
+template <typename Scratch, typename... Arguments>
+std::int64_t scratch_bytes(const Arguments&... arguments) {
   Carver counter(nullptr);
-  const Scratch scratch(counter, problem);
+  const Scratch scratch(counter, arguments...);
   return counter.bytes();
 }
 
