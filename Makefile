@@ -43,7 +43,7 @@ demo: $(PACKAGE) ## Train a LongNet at 16,384 bytes of context on a real corpus;
 
 # In this order: what fails quickly comes first, pytest's summary stands last.
 .PHONY: test
-test: ## Everything: lint, C++ tests, sanitizers, example, snippets, Python tests
+test: ## Everything: lint, C++ tests, sanitizers, Arm, example, snippets, Python tests
 	@$(MAKE) setup-tests
 	@$(MAKE) lint
 	@$(MAKE) test-cpp
@@ -51,6 +51,7 @@ test: ## Everything: lint, C++ tests, sanitizers, example, snippets, Python test
 	@$(MAKE) audit
 	@$(MAKE) test-snippets
 	@$(MAKE) test-sanitized
+	@$(MAKE) test-arm
 	@$(MAKE) test-cuda
 	@$(MAKE) test-python
 
@@ -59,7 +60,7 @@ bench: $(PACKAGE) ## Time the operator against the best PyTorch compositions; JS
 	.venv/bin/python benchmarks/run.py
 
 # --- parts of `make test` ---------------------------------------------------------------------------------------
-.PHONY: test-cpp test-sanitized test-threads test-cuda test-python test-snippets test-example lint format audit wheel
+.PHONY: test-cpp test-sanitized test-threads test-arm test-cuda test-python test-snippets test-example lint format audit wheel
 test-cpp: $(TEST_ENVIRONMENT) ## C++ tests (preset cpu)
 	cmake --workflow --preset cpu
 
@@ -68,6 +69,11 @@ test-sanitized: $(TEST_ENVIRONMENT) ## C++ tests under address and undefined-beh
 
 test-threads: $(TEST_ENVIRONMENT) ## C++ tests under the thread sanitizer (preset cpu-tsan)
 	cmake --workflow --preset cpu-tsan
+
+test-arm: $(TEST_ENVIRONMENT) ## C++ tests for 64-bit Arm under qemu, where a cross compiler is (preset cpu-arm)
+	@if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64-static >/dev/null; then \
+	set -ex; tools/set_up_arm.sh; cmake --workflow --preset cpu-arm; \
+	else echo "no aarch64-linux-gnu-g++ or qemu-aarch64-static here: Arm is not tested"; fi
 
 test-cuda: $(TEST_ENVIRONMENT) ## Compile the CUDA probe, where there is nvcc (preset cuda)
 	@if command -v nvcc >/dev/null; then set -x; cmake --workflow --preset cuda; \

@@ -193,7 +193,8 @@ TEST_F(SimdTargets, EachOneKeepsTheToleranceRule) {
       }
     }
   }
-  EXPECT_GE(seen.size(), std::popcount(supported) > 1 ? 2u : 1u);
+  // Only on x86 is more than one target compiled.
+  EXPECT_GE(seen.size(), HWY_ARCH_X86 && std::popcount(supported) > 1 ? 2u : 1u);
 }
 
 }  // namespace

@@ -46,9 +46,19 @@ struct Broadcast {
   std::ptrdiff_t depth_stride;
 };
 
+/// Sums of a block, zero at first.
 template <std::size_t kRows, std::size_t kVectors>
 struct Block {
   FloatVector sum[kRows][kVectors];
+
+  // Written out: a constructor that GCC makes itself lacks the SIMD target, on Arm an error.
+  HWY_INLINE Block() {
+    for (std::size_t i = 0; i < kRows; ++i) {
+      for (std::size_t v = 0; v < kVectors; ++v) {
+        sum[i][v] = hn::Zero(FloatTag());
+      }
+    }
+  }
 };
 
 /// Stores the sums in `out`, or adds them to what is there.
@@ -83,11 +93,6 @@ HWY_INLINE void multiply_block(const Broadcast& a, std::size_t row, std::size_t 
                                const Finish& finish) {
   const FloatTag tag;
   Block<kRows, kVectors> block;
-  for (std::size_t i = 0; i < kRows; ++i) {
-    for (std::size_t v = 0; v < kVectors; ++v) {
-      block.sum[i][v] = hn::Zero(tag);
-    }
-  }
   // Four rows share a base pointer: five address registers serve twelve rows.
   constexpr std::size_t kBases = (kRows + 3) / 4;
   const float* base[kBases];
