@@ -39,19 +39,6 @@ def merge_by_lse(
     return out, lse
 
 
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    extras: _ops.Extras,
-    layout: str,
-    backend: str | None,
-    options: _ops.Options,
-) -> None:
-    """The core's rules for the whole call, before it is taken apart."""
-    _ops.check((query, key, value, *extras), layout, backend or "", options)
-
-
 def _branch_extras(extras: _ops.Extras, branch: int) -> _ops.Extras:
     """Branches drop independently: another offset each."""
     if extras.dropout_seed is None:
@@ -91,7 +78,8 @@ def column_sum_attention(
     options: _ops.Options,
 ) -> tuple[Tensor, Tensor]:
     """Preset fkodom (semantics §4, colsum): (out, lse) in the user's layout."""
-    _check(query, key, value, extras, layout, backend, options)
+    # The core's rules for the whole call, before it is taken apart.
+    _ops.check((query, key, value, *extras), layout, backend or "", options)
     to_bshd = _TO_BSHD.get(layout)
     if to_bshd is None:
         raise Unsupported(message("layout", "'bshd' or 'bhsd' with column sums", f"'{layout}'"))
@@ -139,7 +127,8 @@ def row_shifted_attention(
     # All rules of the core but the one about the shift: no segment is shorter than the sequence.
     longest = max(query.shape, default=1)
     long = [w if w < 1 else max(w, longest) for w in options.segments]
-    _check(query, key, value, extras, layout, backend, options._replace(segments=long))
+    unshifted = options._replace(segments=long)
+    _ops.check((query, key, value, *extras), layout, backend or "", unshifted)
     to_bshd = _TO_BSHD.get(layout)
     if to_bshd is None or extras.cu_seqlens is not None or options.tail == "mask":
         got = "tail 'mask'" if options.tail == "mask" else f"layout '{layout}'"
