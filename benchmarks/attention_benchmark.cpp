@@ -110,17 +110,15 @@ void run(benchmark::State& state, const Row& row, dilated::Pass pass) {
     forward.branch_out = branch_out.view<void>();
     forward.branch_lse = branch_lse.view<void>();
   }
-  const int threads = dilated::default_parallel_for().num_threads();
   // 64-byte alignment is the core's rule for memory that the caller brings.
   const auto bytes =
-      static_cast<std::size_t>(std::max(plan.workspace_bytes(dilated::Pass::kForward, threads),
-                                        plan.workspace_bytes(dilated::Pass::kBackward, threads)));
+      static_cast<std::size_t>(std::max(plan.workspace_bytes(dilated::Pass::kForward),
+                                        plan.workspace_bytes(dilated::Pass::kBackward)));
   std::vector<std::byte> memory(bytes + 64);
   void* aligned = memory.data();
   std::size_t space = memory.size();
   std::align(64, bytes, aligned, space);
-  const dilated::Context context{&dilated::default_parallel_for(),
-                                 {static_cast<std::byte*>(aligned), bytes}};
+  const dilated::Context context{.workspace = {static_cast<std::byte*>(aligned), bytes}};
   dilated::forward(plan, forward, context);
 
   Array<4> dquery(shape), dkey(shape), dvalue(shape);

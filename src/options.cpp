@@ -14,12 +14,6 @@
 namespace dilated {
 namespace {
 
-[[noreturn]] void reject(std::string argument, std::string expected, std::string got,
-                         std::string hint = "") {
-  raise<InvalidProblem>({"dilated_attention", std::move(argument), std::move(expected),
-                         std::move(got), std::move(hint)});
-}
-
 /// Defaults that a preset's name stands for. `per_branch`: out_scale is 1 / number of branches.
 struct Preset {
   std::string_view name;
@@ -73,11 +67,6 @@ std::string_view given_or(const std::optional<std::string>& given, std::string_v
   return given ? std::string_view(*given) : otherwise;
 }
 
-struct Range {
-  std::int64_t begin;
-  std::int64_t end;
-};
-
 /// Heads of group b: sizes floor(H/B) + [b < H mod B]; literal is fkodom's [b g_b, (b+1) g_b).
 Range group_range(Groups groups, std::int64_t b, std::int64_t num_branches,
                   std::int64_t num_heads) {
@@ -104,6 +93,33 @@ std::int64_t residue(Rule rule, std::int64_t b, std::int64_t head, std::int64_t 
       return 0;
   }
   return 0;
+}
+
+/// The heads of the whole model, of which a call may hold a part.
+struct Heads {
+  std::int64_t total;
+  std::int64_t per_kv;  // query heads per kv head
+};
+
+/// Head counts that `validate` refuses are not reported here.
+Heads heads_of(const Options& options, std::int64_t num_heads, std::int64_t num_kv_heads) {
+  const std::int64_t total = options.total_heads.value_or(num_heads);
+  if (options.head_offset < 0 || options.head_offset > total - num_heads) {
+    reject("head_offset", fmt::format("0 <= head_offset <= total_heads - num_heads = {}",
+                                      total - num_heads),
+           fmt::format("{}", options.head_offset),
+           "the call's heads are [head_offset, head_offset + num_heads) of total_heads");
+  }
+  if (!options.total_kv_heads) {
+    const std::int64_t per_kv =
+        num_kv_heads > 0 ? std::max<std::int64_t>(1, num_heads / num_kv_heads) : 1;
+    return {total, per_kv};
+  }
+  if (*options.total_kv_heads < 1 || total % *options.total_kv_heads != 0) {
+    reject("total_kv_heads", fmt::format("a divisor of total_heads = {}", total),
+           fmt::format("{}", *options.total_kv_heads));
+  }
+  return {total, total / *options.total_kv_heads};
 }
 
 void check_lists(const Options& options) {
@@ -209,19 +225,19 @@ std::vector<std::int64_t> build_offsets(const Options& options, std::int64_t num
                                  {"zero", Rule::kZero}});
   const bool by_kv_head =
       parse<bool>("gqa_offset", given_or(options.gqa_offset, "kv"), {{"kv", true}, {"q", false}});
-  // A head count that num_kv_heads does not divide is reported by `validate`, not here.
-  const std::int64_t heads_per_kv =
-      by_kv_head && num_kv_heads > 0 ? std::max<std::int64_t>(1, num_heads / num_kv_heads) : 1;
+  const Heads heads = heads_of(options, num_heads, num_kv_heads);
+  const std::int64_t group = by_kv_head ? heads.per_kv : 1;
   std::vector<std::int64_t> offsets;
   for (std::int64_t b = 0; b < num_branches; ++b) {
-    const Range range = group_range(groups, b, num_branches, num_heads);
+    const Range range = group_range(groups, b, num_branches, heads.total);
     for (std::int64_t h = 0; h < num_heads; ++h) {
-      if (h < range.begin || h >= range.end) {
+      const std::int64_t head = options.head_offset + h;
+      if (!range.contains(head)) {
         offsets.push_back(-1);
       } else if (has_table) {
         offsets.push_back((*options.offset_table)[static_cast<std::size_t>(b * num_heads + h)]);
       } else {
-        offsets.push_back(residue(rule, b, h / heads_per_kv, num_heads / heads_per_kv,
+        offsets.push_back(residue(rule, b, head / group, heads.total / group,
                                   options.dilations[static_cast<std::size_t>(b)]));
       }
     }
@@ -239,18 +255,22 @@ Problem make_problem(const Options& options, const Shapes& shapes) {
                         fmt::format("{} sequences", shapes.cu_seqlens.size() - 1),
                         "its column sums run over one sequence; call once per sequence"});
   }
-  if (preset.name == "fork" && shapes.num_heads < static_cast<std::int64_t>(num_branches)) {
+  const std::int64_t total_heads = options.total_heads.value_or(shapes.num_heads);
+  if (preset.name == "fork" && total_heads < static_cast<std::int64_t>(num_branches)) {
     reject("num_heads", fmt::format(">= number of branches = {} with preset 'fork'", num_branches),
-           fmt::format("{}", shapes.num_heads));
+           fmt::format("{}", total_heads));
   }
   Problem problem;
   problem.device = shapes.device;
   problem.dtype = shapes.dtype;
+  problem.alignment = shapes.alignment;
   problem.batch = shapes.batch;
   problem.seqlen = shapes.seqlen;
   problem.num_heads = shapes.num_heads;
   problem.num_kv_heads = shapes.num_kv_heads;
   problem.head_dim = shapes.head_dim;
+  problem.head_offset = options.head_offset;
+  problem.total_heads = options.total_heads.value_or(0);
   problem.merge =
       parse<Merge>("merge", given_or(options.merge, preset.merge),
                    {{"lse", Merge::kLse}, {"sum", Merge::kSum}, {"mean", Merge::kMean}});
@@ -263,6 +283,7 @@ Problem make_problem(const Options& options, const Shapes& shapes) {
   problem.scale = options.scale;
   problem.dropout_p = options.dropout_p;
   problem.cu_seqlens = shapes.cu_seqlens;
+  problem.windows = shapes.windows;
   problem.has_key_mask = shapes.has_key_mask;
   problem.has_seqused = shapes.has_seqused;
   const std::vector<std::int64_t> offsets =

@@ -32,14 +32,13 @@ TEST(Dropout, M16TheMaskReadBackIsTheOneOfTheDefinition) {
     inputs.query.fill(0.0);
     inputs.value.for_each(
         [&](auto i, auto j, auto h, auto c) { inputs.value.set(i, j, h, c, j == c ? 1.0 : 0.0); });
-    inputs.dropout_seed = 123456789012345;
-    inputs.dropout_offset = 77;
+    inputs.dropout_state = {123456789012345, 77};
     const Results got = testing::run(problem, inputs, {.backend = backend});
     std::int64_t kept = 0;
     got.out.for_each([&](auto b, auto p, auto h, auto j) {
       const std::uint64_t stream = static_cast<std::uint64_t>(b * 2 + h);
       const bool keep =
-          dropout_draw(dropout_key(inputs.dropout_seed, inputs.dropout_offset, stream),
+          dropout_draw(dropout_key(123456789012345, 77, stream),
                        static_cast<std::uint64_t>(p),
                        static_cast<std::uint64_t>(j)) < dropout_threshold(kP);
       kept += keep;
@@ -87,7 +86,7 @@ TEST(Dropout, TheMeanOverSeedsIsTheResultWithoutDropout) {
   sum.fill(0.0);
   squares.fill(0.0);
   for (int seed = 0; seed < kSeeds; ++seed) {
-    inputs.dropout_seed = static_cast<std::uint64_t>(seed);
+    inputs.dropout_state[0] = seed;
     const Results got = testing::run(plan, inputs, {.backend = "cpu"});
     sum.for_each([&](auto i, auto p, auto h, auto c) {
       const double x = got.out.at(i, p, h, c);
@@ -135,10 +134,10 @@ TEST(Dropout, SeedAndOffsetChooseTheMask) {  // X3
   const Results first = testing::run(problem, inputs, {.backend = "cpu"});
   EXPECT_EQ(bit_difference(testing::run(problem, inputs, {.backend = "cpu"}), first), "");
   Inputs other = inputs;
-  other.dropout_seed += 1;
+  other.dropout_state[0] += 1;
   EXPECT_NE(bit_difference(testing::run(problem, other, {.backend = "cpu"}), first), "");
   other = inputs;
-  other.dropout_offset += 1;
+  other.dropout_state[1] += 1;
   EXPECT_NE(bit_difference(testing::run(problem, other, {.backend = "cpu"}), first), "");
 }
 

@@ -23,8 +23,7 @@ struct Inputs {
   std::optional<Tensor> dlse;          // (batch, heads, seqlen, 1)
   std::vector<std::uint8_t> key_mask;  // (batch, seqlen), empty if the problem has none
   std::vector<std::int64_t> seqused;
-  std::uint64_t dropout_seed = 0;
-  std::uint64_t dropout_offset = 0;
+  std::array<std::int64_t, 2> dropout_state{};  // seed, offset
 
   /// The same values in float64.
   Inputs in_float64() const;

@@ -113,7 +113,8 @@ class Attention {
   }
 
   void one_sequence(std::uint64_t sequence, std::int64_t batch, std::int64_t start,
-                    std::int64_t n) {
+                    std::int64_t length) {
+    const std::int64_t n = problem_.has_seqused ? inputs_.seqused[sequence] : length;
     for (std::int64_t head = 0; head < problem_.num_heads && n > 0; ++head) {
       std::vector<Block<Real>> blocks;
       for (std::size_t b = 0; b < problem_.branches.size(); ++b) {
@@ -151,11 +152,9 @@ class Attention {
     return matrix;
   }
 
-  bool is_masked(std::uint64_t sequence, std::int64_t batch, std::int64_t start,
-                 std::int64_t j) const {
-    return (problem_.has_seqused && j >= inputs_.seqused[sequence]) ||
-           (problem_.has_key_mask &&
-            inputs_.key_mask[static_cast<std::size_t>(batch * problem_.seqlen + start + j)] == 0);
+  bool is_masked(std::int64_t batch, std::int64_t row) const {
+    return problem_.has_key_mask &&
+           inputs_.key_mask[static_cast<std::size_t>(batch * problem_.seqlen + row)] == 0;
   }
 
   Block<Real> block(std::uint64_t sequence, std::int64_t batch, std::int64_t start,
@@ -181,14 +180,17 @@ class Attention {
       score = rounded(scale_ * score);
     }
     const std::uint64_t key =
-        dropout_key(inputs_.dropout_seed, inputs_.dropout_offset,
-                    (sequence * static_cast<std::uint64_t>(problem_.num_heads) +
-                     static_cast<std::uint64_t>(head)) *
+        dropout_key(static_cast<std::uint64_t>(inputs_.dropout_state[0]),
+                    static_cast<std::uint64_t>(inputs_.dropout_state[1]),
+                    (sequence * static_cast<std::uint64_t>(
+                                    problem_.total_heads > 0 ? problem_.total_heads
+                                                             : problem_.num_heads) +
+                     static_cast<std::uint64_t>(problem_.head_offset + head)) *
                             problem_.branches.size() +
                         b);
     for (std::size_t i = 0; i < m; ++i) {
       const auto sees = [&](std::size_t j) {
-        return !(problem_.is_causal && j > i) && !is_masked(sequence, batch, start, positions[j]);
+        return !(problem_.is_causal && j > i) && !is_masked(batch, start + positions[j]);
       };
       Real top = z > Real(0) ? Real(0) : static_cast<Real>(-kInfinity);
       for (std::size_t j = 0; j < m; ++j) {
@@ -386,8 +388,7 @@ std::string rule_violation(const Problem& problem, const Inputs& inputs, const R
     other.dlse = inputs.dlse;
     other.key_mask = inputs.key_mask;
     other.seqused = inputs.seqused;
-    other.dropout_seed = inputs.dropout_seed;
-    other.dropout_offset = inputs.dropout_offset;
+    other.dropout_state = inputs.dropout_state;
     const Errors more =
         errors_of(materialised(problem, other, problem.dtype), reference(problem, other));
     for (std::size_t i = 0; i < plain.size(); ++i) {

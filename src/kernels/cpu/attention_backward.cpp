@@ -13,13 +13,21 @@
 // Vectors run along the keys (S, P, dS, dK^T, dV^T), so queries and g enter by broadcast as they
 // lie in memory.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
+#include <utility>
 
+#include "src/branches.h"
+#include "src/dropout.h"
 #include "src/geometry.h"
+#include "src/hand_out.h"
+#include "src/kernels/cpu/addressing.h"
 #include "src/kernels/cpu/attention.h"
-#include "src/kernels/cpu/rows.h"
+#include "src/kernels/cpu/decision.h"
+#include "src/kernels/cpu/key_filter.h"
 #include "src/kernels/cpu/scratch.h"
+#include "src/kernels/cpu/work_items.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "src/kernels/cpu/attention_backward.cpp"
@@ -84,35 +92,42 @@ struct Gradients {
 /// One segment of one branch for one key/value head and all its query heads.
 class BackwardSegment {
  public:
+  /// `sequence` is cut to the used length, not empty, and `segment` one of its segments.
   BackwardSegment(const Plan& plan, const BackwardTensors& tensors, const Gradients& gradients,
-                  const BackwardScratch& scratch, std::size_t branch, const cpu::Item& item)
+                  const BackwardScratch& scratch, std::size_t branch, const Sequence& sequence,
+                  std::size_t sequence_index, std::int64_t kv_head, std::int64_t segment)
       : plan_(plan),
         problem_(plan.problem()),
         tensors_(tensors),
         gradients_(gradients),
         scratch_(scratch),
         branch_(branch),
-        sequence_index_(item.sequence),
-        sequence_(plan.sequences()[item.sequence]),
-        kv_head_(item.head),
-        segment_(item.part),
-        geometry_(sequence_.length, problem_.branches[branch].segment,
+        sequence_index_(sequence_index),
+        sequence_(sequence),
+        kv_head_(kv_head),
+        segment_(segment),
+        geometry_(sequence.length, problem_.branches[branch].segment,
                   problem_.branches[branch].dilation),
         head_dim_(static_cast<std::size_t>(problem_.head_dim)),
         padded_(static_cast<std::size_t>(cpu::padded_head_dim(problem_.head_dim))),
-        keys_(tensors.masks, sequence_, item.sequence) {}
+        keys_(tensors.masks, sequence_.batch) {}
 
   void run() {
     const std::int64_t group = problem_.heads_per_kv_head();
+    const std::int64_t chunk =
+        static_cast<const cpu::CpuDecision&>(plan_.decision()).backward_chunk;
     for (head_ = kv_head_ * group; head_ < (kv_head_ + 1) * group; ++head_) {
       offset_ = problem_.branches[branch_].offsets[static_cast<std::size_t>(head_)];
       if (offset_ < 0) {
         continue;
       }
-      const std::int64_t rows = geometry_.rows(segment_, offset_);
-      const std::int64_t chunk = cpu::backward_chunk(problem_);
-      for (std::int64_t first = 0; first < rows; first += chunk) {
-        attend(first, std::min(first + chunk, rows), rows);
+      query_span_ = geometry_.span(segment_, offset_, sequence_.queries, sequence_.query_row);
+      key_span_ = geometry_.span(segment_, offset_, sequence_.keys, sequence_.key_row);
+      if (problem_.is_causal) {  // earlier queries see none of the keys
+        query_span_.first = std::max(query_span_.first, key_span_.first);
+      }
+      for (std::int64_t first = query_span_.first; first < query_span_.last; first += chunk) {
+        attend(first, std::min(first + chunk, query_span_.last));
       }
     }
   }
@@ -121,25 +136,24 @@ class BackwardSegment {
   std::int64_t position(std::int64_t row) const {
     return geometry_.position(segment_, offset_, row);
   }
-  /// Row of the tensor that holds row `row` of the class.
-  std::int64_t at(std::int64_t row) const { return sequence_.start + position(row); }
 
   /// Query rows [first, last) against all keys of the segment.
-  void attend(std::int64_t first, std::int64_t last, std::int64_t rows) {
+  void attend(std::int64_t first, std::int64_t last) {
     for (std::int64_t i = first; i < last; ++i) {
       pack_query(i, i - first);
     }
     std::fill_n(scratch_.dquery, static_cast<std::size_t>(last - first) * padded_, 0.0f);
-    const std::int64_t seen_keys = problem_.is_causal ? last : rows;
+    const std::int64_t end =
+        problem_.is_causal ? std::min(key_span_.last, last) : key_span_.last;
     constexpr std::int64_t kBlocksPerTile =
         kBackwardRows / static_cast<std::int64_t>(block_rows(kPanelVectors));
-    for (std::int64_t k = 0; k < seen_keys; k += kTileLanes) {
-      const std::int64_t packed = pack_keys(k, std::min(k + kTileLanes, seen_keys));
+    for (std::int64_t k = key_span_.first; k < end; k += kTileLanes) {
+      const std::int64_t packed = pack_keys(k, std::min(k + kTileLanes, end));
       if (packed == 0) {
         continue;
       }
-      const std::int64_t next = std::min(k + kTileLanes, seen_keys);
-      const std::int64_t after_next = std::min(next + kTileLanes, seen_keys);
+      const std::int64_t next = std::min(k + kTileLanes, end);
+      const std::int64_t after_next = std::min(next + kTileLanes, end);
       upcoming_.clear();
       expect(gradients_.dkey, kv_head_, k, next);
       expect(gradients_.dvalue, kv_head_, k, next);
@@ -158,17 +172,17 @@ class BackwardSegment {
     const auto scale = static_cast<float>(plan_.scale());
     for (std::int64_t i = first; i < last; ++i) {
       add_row(scratch_.dquery + static_cast<std::size_t>(i - first) * padded_, scale, head_dim_,
-              gradient_row(gradients_.dquery, i, head_));
+              gradient_row(gradients_.dquery, query_span_.row(i), head_));
     }
   }
 
-  float* gradient_row(const TensorView& view, std::int64_t row, std::int64_t head) const {
-    return reinterpret_cast<float*>(cpu::row_at(view, sequence_.batch, at(row), head));
+  float* gradient_row(const TensorView& view, std::int64_t at, std::int64_t head) const {
+    return reinterpret_cast<float*>(cpu::row_at(view, sequence_.batch, at, head));
   }
 
   /// Query, g and the two numbers of one row.
   void pack_query(std::int64_t row, std::int64_t slot) {
-    const std::int64_t token = at(row);
+    const std::int64_t token = query_span_.row(row);
     float* const g = scratch_.dout + static_cast<std::size_t>(slot) * head_dim_;
     load_row(problem_.dtype, cpu::row_at(tensors_.query, sequence_.batch, token, head_), head_dim_,
              1.0f, scratch_.query + static_cast<std::size_t>(slot) * head_dim_, head_dim_);
@@ -178,10 +192,11 @@ class BackwardSegment {
     float lse = cpu::item_at(tensors_.lse, sequence_.batch, head_, token);
     float delta = -dlse;
     if (plan_.needs_branch_outputs()) {
-      load_row(problem_.dtype, dout, head_dim_, static_cast<float>(problem_.out_scale), g,
+      load_row(tensors_.dout.dtype, dout, head_dim_, static_cast<float>(problem_.out_scale), g,
                head_dim_);
-      const std::int64_t slot_row =
-          plan_.branch_row_begin(branch_, sequence_index_) + segment_ * geometry_.slots() + row;
+      const std::int64_t slot_row = plan_.branch_row_begin(branch_, sequence_index_) +
+                                    geometry_.slot(segment_, row) -
+                                    geometry_.first_slot(sequence_.queries.begin);
       const ConstTensorView& saved = tensors_.branch_out;
       const float* const branch_out = static_cast<const float*>(saved.data) +
                                       sequence_.batch * saved.strides[0] +
@@ -191,7 +206,7 @@ class BackwardSegment {
             cpu::item_at(tensors_.branch_lse, sequence_.batch, head_, slot_row);
         const auto count = static_cast<float>(
             problem_.merge == Merge::kMean
-                ? cpu::covering_branches(problem_, sequence_.length, head_, position(row))
+                ? covering_branches(problem_, sequence_.length, head_, position(row))
                 : 1);
         // 0 * exp(-inf - -inf) must not appear: such a row has no keys and is dropped below.
         delta = branch_lse == -kInfinity ? 0.0f : -dlse * count * std::exp(branch_lse - lse);
@@ -199,8 +214,8 @@ class BackwardSegment {
       }
       delta += dot_row(g, branch_out, head_dim_);
     } else {
-      load_row(problem_.dtype, dout, head_dim_, 1.0f, g, head_dim_);
-      load_row(problem_.dtype, cpu::row_at(tensors_.out, sequence_.batch, token, head_), head_dim_,
+      load_row(tensors_.dout.dtype, dout, head_dim_, 1.0f, g, head_dim_);
+      load_row(tensors_.out.dtype, cpu::row_at(tensors_.out, sequence_.batch, token, head_), head_dim_,
                1.0f, scratch_.rows, head_dim_);
       delta += dot_row(g, scratch_.rows, head_dim_);
       if (problem_.out_scale != 1.0) {
@@ -218,13 +233,14 @@ class BackwardSegment {
   std::int64_t pack_keys(std::int64_t first, std::int64_t last) {
     std::size_t packed = 0;
     for (std::int64_t i = first; i < last; ++i) {
-      if (!keys_(position(i))) {
+      const std::int64_t at = key_span_.row(i);
+      if (!keys_(at)) {
         continue;
       }
       float* const row = scratch_.key + packed * padded_;
-      load_row(problem_.dtype, cpu::row_at(tensors_.key, sequence_.batch, at(i), kv_head_),
+      load_row(problem_.dtype, cpu::row_at(tensors_.key, sequence_.batch, at, kv_head_),
                head_dim_, 1.0f, row, padded_);
-      load_row(problem_.dtype, cpu::row_at(tensors_.value, sequence_.batch, at(i), kv_head_),
+      load_row(problem_.dtype, cpu::row_at(tensors_.value, sequence_.batch, at, kv_head_),
                head_dim_, 1.0f, scratch_.rows + packed * padded_, padded_);
       scratch_.key_row[packed++] = i;
     }
@@ -238,13 +254,13 @@ class BackwardSegment {
     return static_cast<std::int64_t>(packed);
   }
 
-  /// Adds rows [first, last) of the class to the rows to prefetch.
+  /// Adds rows [first, last) of the keys to the rows to prefetch.
   template <typename View>
   void expect(const View& view, std::int64_t head, std::int64_t first, std::int64_t last) {
     if (first < last) {
       const std::int64_t size = size_of(view.dtype);
-      upcoming_.add(cpu::row_at(view, sequence_.batch, at(first), head),
-                    geometry_.dilation * view.strides[1] * size, last - first,
+      upcoming_.add(cpu::row_at(view, sequence_.batch, key_span_.row(first), head),
+                    key_span_.step * view.strides[1] * size, last - first,
                     head_dim_ * static_cast<std::size_t>(size));
     }
   }
@@ -290,7 +306,7 @@ class BackwardSegment {
   void exponentiate(std::size_t rows, std::size_t keys, const float* row_lse) const {
     const FloatTag tag;
     const FloatVector scale = hn::Set(tag, static_cast<float>(plan_.scale()));
-    const FloatVector log2e = hn::Set(tag, static_cast<float>(cpu::kLog2E));
+    const FloatVector log2e = hn::Set(tag, static_cast<float>(kLog2E));
     for (std::size_t i = 0; i < rows; ++i) {
       float* const row = scratch_.probability + i * kTileLanes;
       const FloatVector lse = hn::Set(tag, row_lse[i]);
@@ -315,11 +331,16 @@ class BackwardSegment {
 
   /// dS = P (keep (g.v) - delta), then P := keep P; `dscore` holds g.v on entry.
   void drop(std::int64_t first, std::size_t rows, std::size_t keys, const float* delta) const {
-    const cpu::Dropout dropout(problem_, tensors_.masks, sequence_index_, head_, branch_);
+    const std::int64_t* const state = tensors_.masks.dropout_state;
+    const Dropout dropout(
+        problem_.dropout_p, static_cast<std::uint64_t>(state[0]),
+        static_cast<std::uint64_t>(state[1]),
+        dropout_stream(static_cast<std::int64_t>(sequence_index_), problem_.head_offset + head_,
+                       problem_.all_heads(), branch_, problem_.branches.size()));
     for (std::size_t i = 0; i < rows; ++i) {
       const std::int64_t query = position(first + static_cast<std::int64_t>(i));
       for (std::size_t k = 0; k < keys; ++k) {
-        const float keep = dropout(query, position(scratch_.key_row[k]));
+        const auto keep = static_cast<float>(dropout(query, position(scratch_.key_row[k])));
         float& p = scratch_.probability[i * kTileLanes + k];
         float& ds = scratch_.dscore[i * kTileLanes + k];
         ds = p * (keep * ds - delta[i]);
@@ -334,12 +355,12 @@ class BackwardSegment {
     transpose(scratch_.dkey_columns, kTileLanes, head_dim_, keys, scratch_.rows, padded_);
     for (std::size_t k = 0; k < keys; ++k) {
       add_row(scratch_.rows + k * padded_, scale, head_dim_,
-              gradient_row(gradients_.dkey, scratch_.key_row[k], kv_head_));
+              gradient_row(gradients_.dkey, key_span_.row(scratch_.key_row[k]), kv_head_));
     }
     transpose(scratch_.dvalue_columns, kTileLanes, head_dim_, keys, scratch_.rows, padded_);
     for (std::size_t k = 0; k < keys; ++k) {
       add_row(scratch_.rows + k * padded_, 1.0f, head_dim_,
-              gradient_row(gradients_.dvalue, scratch_.key_row[k], kv_head_));
+              gradient_row(gradients_.dvalue, key_span_.row(scratch_.key_row[k]), kv_head_));
     }
   }
 
@@ -354,6 +375,8 @@ class BackwardSegment {
   std::int64_t kv_head_;
   std::int64_t head_ = 0;
   std::int64_t offset_ = 0;
+  RowSpan query_span_{};
+  RowSpan key_span_{};
   std::int64_t segment_;
   BranchGeometry geometry_;
   std::size_t head_dim_;
@@ -362,91 +385,97 @@ class BackwardSegment {
   RowStream upcoming_;
 };
 
-/// Contiguous float32 view like `like`, from `memory` on.
-TensorView float_view(const TensorView& like, std::byte* memory) {
+/// Contiguous float32 view like `like`, from `memory` on; moves `memory` behind it.
+TensorView take_float_view(const TensorView& like, std::byte*& memory) {
   const std::int64_t token = like.shape[2] * like.shape[3];
-  return {memory, DType::kFloat32, like.shape, {like.shape[1] * token, token, like.shape[3], 1}};
+  const TensorView view = {memory, DType::kFloat32, like.shape,
+                           {like.shape[1] * token, token, like.shape[3], 1}};
+  memory += like.shape[0] * like.shape[1] * token * static_cast<std::int64_t>(sizeof(float));
+  return view;
 }
 
-std::int64_t float_bytes(const TensorView& view) {
-  return view.shape[0] * view.shape[1] * view.shape[2] * view.shape[3] *
-         static_cast<std::int64_t>(sizeof(float));
-}
-
-/// Calls `body(batch, token)` for tokens [begin, end) of the whole call.
+/// Calls `body(row)` for every row of head_dim elements of a view, as (batch, token, head).
 template <typename Body>
-void for_each_token(const Problem& problem, std::int64_t begin, std::int64_t end,
-                    const Body& body) {
-  for (std::int64_t i = begin; i < end; ++i) {
-    body(i / problem.seqlen, i % problem.seqlen);
-  }
+void for_each_row(const ParallelFor& threads, const TensorView& view, const Body& body) {
+  hand_out(threads, view.shape[0] * view.shape[1],
+           [&](std::int64_t begin, std::int64_t end, int /*thread*/) {
+             for (std::int64_t i = begin; i < end; ++i) {
+               for (std::int64_t head = 0; head < view.shape[2]; ++head) {
+                 body(i / view.shape[1], i % view.shape[1], head);
+               }
+             }
+           });
 }
 
-void clear_token(const TensorView& view, std::int64_t batch, std::int64_t token) {
-  const auto count = static_cast<std::size_t>(view.shape[3]);
-  for (std::int64_t h = 0; h < view.shape[2]; ++h) {
-    std::fill_n(reinterpret_cast<float*>(cpu::row_at(view, batch, token, h)), count, 0.0f);
-  }
+void clear(const ParallelFor& threads, const TensorView& view) {
+  for_each_row(threads, view, [&](std::int64_t batch, std::int64_t token, std::int64_t head) {
+    std::fill_n(reinterpret_cast<float*>(cpu::row_at(view, batch, token, head)),
+                static_cast<std::size_t>(view.shape[3]), 0.0f);
+  });
 }
 
-void cast_token(const TensorView& from, const TensorView& to, std::int64_t batch,
-                std::int64_t token) {
-  for (std::int64_t h = 0; h < to.shape[2]; ++h) {
-    const std::byte* const source = cpu::row_at(from, batch, token, h);
-    store_row(to.dtype, reinterpret_cast<const float*>(source),
-              static_cast<std::size_t>(to.shape[3]), cpu::row_at(to, batch, token, h));
-  }
+void round(const ParallelFor& threads, const TensorView& from, const TensorView& to) {
+  for_each_row(threads, to, [&](std::int64_t batch, std::int64_t token, std::int64_t head) {
+    store_row(to.dtype, reinterpret_cast<const float*>(cpu::row_at(from, batch, token, head)),
+              static_cast<std::size_t>(to.shape[3]), cpu::row_at(to, batch, token, head));
+  });
 }
 
 }  // namespace
 
 void backward_on_target(const Plan& plan, const BackwardTensors& tensors, const Context& context) {
   const Problem& problem = plan.problem();
-  const std::int64_t bytes = cpu::scratch_bytes<BackwardScratch>(problem);
+  const ParallelFor& threads = *context.parallel_for;
+  const auto& decision = static_cast<const cpu::CpuDecision&>(plan.decision());
   Gradients gradients{tensors.dquery, tensors.dkey, tensors.dvalue};
-  const bool staged = problem.dtype != DType::kFloat32;
-  if (staged) {
-    std::byte* memory = context.workspace.data() + context.parallel_for->num_threads() * bytes;
-    gradients.dquery = float_view(tensors.dquery, memory);
-    memory += float_bytes(tensors.dquery);
-    gradients.dkey = float_view(tensors.dkey, memory);
-    memory += float_bytes(tensors.dkey);
-    gradients.dvalue = float_view(tensors.dvalue, memory);
+  const std::array<std::pair<TensorView*, const TensorView*>, 3> pairs = {
+      {{&gradients.dquery, &tensors.dquery},
+       {&gradients.dkey, &tensors.dkey},
+       {&gradients.dvalue, &tensors.dvalue}}};
+  std::byte* memory = context.workspace.data() + decision.threads * decision.backward_scratch;
+  for (const auto& [sums, result] : pairs) {
+    if (result->dtype != DType::kFloat32) {
+      *sums = take_float_view(*result, memory);
+    }
+    clear(threads, *sums);
   }
-  const std::int64_t tokens = problem.batch * problem.seqlen;
-  context.parallel_for->run(tokens, [&](std::int64_t begin, std::int64_t end, int) {
-    for_each_token(problem, begin, end, [&](std::int64_t batch, std::int64_t token) {
-      clear_token(gradients.dquery, batch, token);
-      clear_token(gradients.dkey, batch, token);
-      clear_token(gradients.dvalue, batch, token);
-    });
-  });
 
   // Longest segments first, the order of distributed runs, where their keys come from other ranks.
-  const std::vector<std::size_t> order = cpu::ascending_branches(problem);
-  for (auto branch = order.rbegin(); branch != order.rend(); ++branch) {
-    const Branch& pattern = problem.branches[*branch];
+  for (auto branch = decision.branch_order.rbegin(); branch != decision.branch_order.rend();
+       ++branch) {
+    const std::int64_t segment = problem.branches[*branch].segment;
+    // Segments that hold keys. A sequence that is cut keeps its segments or has only one.
+    const auto first_segment = [segment](const Sequence& sequence) {
+      return sequence.keys.begin / std::min(segment, sequence.length);
+    };
     const cpu::ItemRange items(
-        plan.sequences(), problem.num_kv_heads, [&pattern](std::int64_t length) {
-          return BranchGeometry(length, pattern.segment, pattern.dilation).num_segments();
+        plan.sequences(), problem.num_kv_heads, [&](const Sequence& sequence) {
+          return sequence.keys.size() == 0
+                     ? 0
+                     : ceil_div(sequence.keys.end, std::min(segment, sequence.length)) -
+                           first_segment(sequence);
         });
-    context.parallel_for->run(items.size(), [&](std::int64_t begin, std::int64_t end, int thread) {
-      cpu::Carver carver(context.workspace.data() + thread * bytes);
-      const BackwardScratch scratch(carver, problem);
+    hand_out(threads, items.size(), [&](std::int64_t begin, std::int64_t end, int thread) {
+      cpu::Carver carver(context.workspace.data() + thread * decision.backward_scratch);
+      const BackwardScratch scratch(carver, decision.backward_chunk, problem.head_dim);
       items.visit(begin, end, [&](const cpu::Item& item) {
-        BackwardSegment(plan, tensors, gradients, scratch, *branch, item).run();
+        const Sequence& whole = plan.sequences()[item.sequence];
+        const std::int64_t* const seqused = tensors.masks.seqused;
+        const Sequence sequence = seqused == nullptr ? whole : whole.cut(seqused[item.sequence]);
+        const std::int64_t at = first_segment(whole) + item.part;
+        if (sequence.keys.size() > 0 && at * std::min(segment, sequence.length) < sequence.length) {
+          BackwardSegment(plan, tensors, gradients, scratch, *branch, sequence, item.sequence,
+                          item.head, at)
+              .run();
+        }
       });
     });
   }
 
-  if (staged) {
-    context.parallel_for->run(tokens, [&](std::int64_t begin, std::int64_t end, int) {
-      for_each_token(problem, begin, end, [&](std::int64_t batch, std::int64_t token) {
-        cast_token(gradients.dquery, tensors.dquery, batch, token);
-        cast_token(gradients.dkey, tensors.dkey, batch, token);
-        cast_token(gradients.dvalue, tensors.dvalue, batch, token);
-      });
-    });
+  for (const auto& [sums, result] : pairs) {
+    if (result->dtype != DType::kFloat32) {
+      round(threads, *sums, *result);
+    }
   }
 }
 

@@ -19,7 +19,7 @@
 #include "dilated/tensor_view.h"
 
 #include "src/kernels/cpu/gemm-inl.h"
-#include "src/kernels/cpu/half.h"
+#include "src/half.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace dilated::HWY_NAMESPACE {
