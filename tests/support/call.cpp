@@ -133,7 +133,7 @@ Results run(const Plan& plan, const Inputs& inputs, const RunOptions& options) {
   const Problem& problem = plan.problem();
   const DType rows = lse_dtype(problem.dtype);
   const auto like = [&](const Tensor& tensor) {
-    return Tensor(problem.dtype, tensor.shape(), options.layout);
+    return Tensor(options.unrounded ? rows : problem.dtype, tensor.shape(), options.layout);
   };
   Results results{
       like(inputs.query),

@@ -49,6 +49,7 @@ struct RunOptions {
   std::string backend;
   const ParallelFor* parallel_for = nullptr;
   Layout layout = Layout::kBshd;  // of the outputs
+  bool unrounded = false;         // out, dquery, dkey and dvalue in float32 (float64)
 };
 
 /// Forward and backward. Throws std::logic_error if memory beside outputs or workspace was written.
