@@ -46,7 +46,7 @@ struct Results {
 };
 
 struct RunOptions {
-  std::string backend;
+  std::string backend = {};
   const ParallelFor* parallel_for = nullptr;
   Layout layout = Layout::kBshd;  // of the outputs
   bool unrounded = false;         // out, dquery, dkey and dvalue in float32 (float64)
