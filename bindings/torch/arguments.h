@@ -48,7 +48,8 @@ struct WithOptions<kFunction> {
                      bool is_causal, std::optional<double> scale, double dropout_p) {
     const Options options{segments,         dilations,   take(preset), take(offsets), offset_table,
                           take(groups),     take(merge), out_scale,    lse_grad,      take(tail),
-                          take(gqa_offset), is_causal,   scale,        dropout_p};
+                          take(gqa_offset), is_causal,   scale,        dropout_p,
+                          0,                {},          {}};
     try {
       return kFunction(options, std::forward<Rest>(rest)...);
     } catch (const InvalidProblem& error) {
@@ -73,16 +74,17 @@ struct WithShapes<kFunction> {
                      bool has_seqused, Rest... rest) {
     const std::string device_name = take(device);
     const std::string dtype_name = take(dtype);
-    const Shapes shapes{parse_device("device", device_name),
-                        parse_dtype("dtype", dtype_name),
-                        batch,
-                        seqlen,
-                        num_heads,
-                        num_kv_heads,
-                        head_dim,
-                        cu_seqlens,
-                        has_key_mask,
-                        has_seqused};
+    Shapes shapes;
+    shapes.device.kind = parse_device("device", device_name);
+    shapes.dtype = parse_dtype("dtype", dtype_name);
+    shapes.batch = batch;
+    shapes.seqlen = seqlen;
+    shapes.num_heads = num_heads;
+    shapes.num_kv_heads = num_kv_heads;
+    shapes.head_dim = head_dim;
+    shapes.cu_seqlens = cu_seqlens;
+    shapes.has_key_mask = has_key_mask;
+    shapes.has_seqused = has_seqused;
     return kFunction(options, shapes, std::forward<Rest>(rest)...);
   }
 };

@@ -9,14 +9,6 @@
 namespace dilated::binding {
 namespace {
 
-constexpr const char* kOp = "dilated_attention";
-
-template <typename Kind = InvalidProblem>
-[[noreturn]] void reject(std::string argument, std::string expected, std::string got,
-                         std::string hint = "") {
-  raise<Kind>({kOp, std::move(argument), std::move(expected), std::move(got), std::move(hint)});
-}
-
 std::string text_of(const std::vector<std::int64_t>& shape) {
   std::string text = "(";
   for (std::size_t i = 0; i < shape.size(); ++i) {
@@ -186,7 +178,7 @@ Shapes shapes_of(const Inputs& inputs, Layout layout, double dropout_p) {
     reject("dropout_seed", "(seed, offset) with dropout_p > 0", "none");
   }
   Shapes shapes;
-  shapes.device = device;
+  shapes.device.kind = device;
   shapes.dtype = dtype;
   shapes.batch = q.batch;
   shapes.seqlen = q.seqlen;

@@ -55,6 +55,7 @@ Call make_call(const Options& options, const Tensor& query, const Tensor& key, c
     const std::int64_t* data = int64_data(cu);
     shapes.cu_seqlens.assign(data, data + cu.size(0));
   }
+  shapes.device.units = TorchParallelFor().num_threads();
   Plan plan = make_plan(make_problem(options, shapes), backend);
   return {std::move(inputs), layout, std::move(shapes), std::move(plan)};
 }
@@ -123,9 +124,7 @@ Masks masks_of(const Extras& extras, const Call& call) {
     masks.seqused = int64_data(*extras.seqused);
   }
   if (extras.dropout_seed) {
-    const std::int64_t* data = int64_data(*extras.dropout_seed);
-    masks.dropout_seed = static_cast<std::uint64_t>(data[0]);
-    masks.dropout_offset = static_cast<std::uint64_t>(data[1]);
+    masks.dropout_state = int64_data(*extras.dropout_seed);
   }
   return masks;
 }
@@ -134,13 +133,13 @@ Masks masks_of(const Extras& extras, const Call& call) {
 class TorchContext {
  public:
   TorchContext(const Call& call, Pass pass, const Tensor& like)
-      : bytes_(call.plan.workspace_bytes(pass, threads_.num_threads())),
+      : bytes_(call.plan.workspace_bytes(pass)),
         workspace_(new_workspace(like, bytes_)) {}
 
   Context context() const {
     return {
-        &threads_,
-        {static_cast<std::byte*>(workspace_.mutable_data_ptr()), static_cast<std::size_t>(bytes_)}};
+        .parallel_for = &threads_,
+        .workspace = {static_cast<std::byte*>(workspace_.mutable_data_ptr()), static_cast<std::size_t>(bytes_)}};
   }
 
  private:
@@ -158,14 +157,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(
   const Call call = make_call(options, query, key, value, extras, layout, backend);
   const Shapes& shapes = call.shapes;
   const DType rows_dtype = lse_dtype(shapes);
-  const std::int64_t rows = save_branches ? call.plan.branch_rows() : 0;
+  const std::int64_t rows =
+      save_branches && call.plan.needs_branch_outputs() ? call.plan.branch_rows() : 0;
   Tensor out = new_empty(query, call.inputs.query.shape, shapes.dtype);
   Tensor lse = new_empty(query, lse_shape(shapes, call.layout), rows_dtype);
-  // The core leaves a few slots of short segments unwritten: zeros, so that every run gives the
-  // same bits.
   Tensor branch_out =
-      new_zeros(query, {shapes.batch, shapes.num_heads, rows, shapes.head_dim}, rows_dtype);
-  Tensor branch_lse = new_zeros(query, {shapes.batch, shapes.num_heads, rows}, rows_dtype);
+      new_empty(query, {shapes.batch, shapes.num_heads, rows, shapes.head_dim}, rows_dtype);
+  Tensor branch_lse = new_empty(query, {shapes.batch, shapes.num_heads, rows}, rows_dtype);
 
   ForwardTensors tensors;
   tensors.query = token_view(call.inputs.query, query, call);

@@ -100,9 +100,10 @@ std::string print_plan(const Options& options, const Shapes& shapes, StringHandl
 /// (forward, backward) scratch bytes on `threads` threads.
 Ints workspace_bytes(const Options& options, const Shapes& shapes, StringHandle backend,
                      std::int64_t threads) {
-  const Plan plan = make_plan(make_problem(options, shapes), take(backend));
-  return {plan.workspace_bytes(Pass::kForward, static_cast<int>(threads)),
-          plan.workspace_bytes(Pass::kBackward, static_cast<int>(threads))};
+  Shapes on_threads = shapes;
+  on_threads.device.units = threads;
+  const Plan plan = make_plan(make_problem(options, on_threads), take(backend));
+  return {plan.workspace_bytes(Pass::kForward), plan.workspace_bytes(Pass::kBackward)};
 }
 
 Ints count_call_pairs(const Options& options, const Shapes& shapes) {

@@ -139,14 +139,6 @@ inline Tensor new_empty(const Tensor& like, const std::vector<std::int64_t>& sha
   return new_empty(like, shape, scalar_type_of(dtype));
 }
 
-inline Tensor new_zeros(const Tensor& like, const std::vector<std::int64_t>& shape, DType dtype) {
-  Tensor tensor = new_empty(like, shape, dtype);
-  if (tensor.numel() > 0) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(tensor.get()));
-  }
-  return tensor;
-}
-
 /// Scratch memory from torch's allocator (64-byte aligned on the CPU).
 inline Tensor new_workspace(const Tensor& like, std::int64_t bytes) {
   return new_empty(like, {bytes}, torch::headeronly::ScalarType::Byte);
@@ -157,7 +149,7 @@ class TorchParallelFor final : public ParallelFor {
  public:
   TorchParallelFor();
   int num_threads() const override { return num_threads_; }
-  void run(std::int64_t items, const Body& body) const override;
+  void run(int threads, const Body& body) const override;
 
  private:
   int num_threads_;

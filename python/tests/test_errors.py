@@ -245,7 +245,7 @@ def test_back_end_forced_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     ("call", "text"),
     [
         (lambda: dilated.attention_pattern(5000, **ONE),
-         "attention_pattern: seqlen: expected <= 4096, not packed, got 5000 (the table has seqlen^2 entries)"),
+         "attention_pattern: seqlen: expected <= 4096, neither packed nor windows, got 5000 (the table has seqlen^2 entries)"),
         (lambda: dilated.attention_pattern(5, 2, head=2, **ONE),
          "attention_pattern: head: expected 0 <= head < num_heads = 2, got 2"),
         (lambda: dilated.explain(-1, **ONE), "dilated_attention: seqlen: expected >= 0, got -1"),

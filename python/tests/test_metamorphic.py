@@ -105,7 +105,7 @@ def test_m8_packed_equals_a_loop_over_sequences(backend: str, options: dict[str,
     bounds = [0, 7, 7, 8, 21]
     packed = [x[0].clone().requires_grad_() for x in _data()]
     mask = torch.rand(21) > 0.2
-    used = [5, 0, 1, 20]
+    used = [5, 0, 1, 9]
     call = {"backend": backend, **options}
     out, lse = _attend(
         *packed, cu_seqlens=torch.tensor(bounds), key_mask=mask, seqused=used, layout="shd", **call
@@ -146,15 +146,18 @@ def test_m9_masked_keys_have_no_effect_at_all(backend: str) -> None:
             assert torch.equal(a, b)
 
 
-def test_seqused_is_a_key_mask(backend: str) -> None:
+def test_seqused_is_the_length_of_the_sequence(backend: str) -> None:
+    """A batch of unequal lengths gives every sequence the bits it has alone; rows beyond: absent."""
     inputs = _data()
-    a = _attend(*inputs, seqused=[13, 2], backend=backend)
-    mask = torch.arange(21) < torch.tensor([[13], [2]])
-    b = _attend(*inputs, key_mask=mask, backend=backend)
-    both = _attend(*inputs, key_mask=mask, seqused=torch.tensor([21, 21]), backend=backend)
-    for x, y, z in zip(a, b, both, strict=True):
-        assert torch.equal(x, y)
-        assert torch.equal(x, z)
+    used = [13, 2]
+    out, lse = _attend(*inputs, seqused=used, backend=backend, tail="phantom")
+    for b, n in enumerate(used):
+        alone = [x[b : b + 1, :n] for x in inputs]
+        expected, expected_lse = _attend(*alone, backend=backend, tail="phantom")
+        assert torch.equal(out[b : b + 1, :n], expected)
+        assert torch.equal(lse[b : b + 1, :, :n], expected_lse)
+        assert not out[b, n:].any()
+        assert bool((lse[b, :, n:] == -math.inf).all())
 
 
 def test_m12_branches_one_by_one_merge_to_one_call(backend: str) -> None:
