@@ -95,9 +95,9 @@ void run(benchmark::State& state, const Row& row, dilated::Pass pass) {
   const std::array<std::int64_t, 4> shape{s.batch, s.seqlen, s.num_heads, s.head_dim};
   const std::array<std::int64_t, 3> lse_shape{s.batch, s.num_heads, s.seqlen};
   Array<4> query(shape, 1), key(shape, 2), value(shape, 3), dout(shape, 4), out(shape);
-  Array<3> lse(lse_shape);
+  Array<3> lse(lse_shape), lse_residual(lse_shape);
   Array<4> branch_out({s.batch, s.num_heads, plan.branch_rows(), s.head_dim});
-  Array<3> branch_lse({s.batch, s.num_heads, plan.branch_rows()});
+  Array<4> branch_lse({s.batch, s.num_heads, plan.branch_rows(), 2});
 
   dilated::ForwardTensors forward;
   forward.query = query.view<const void>();
@@ -105,6 +105,7 @@ void run(benchmark::State& state, const Row& row, dilated::Pass pass) {
   forward.value = value.view<const void>();
   forward.out = out.view<void>();
   forward.lse = lse.view<void>();
+  forward.lse_residual = lse_residual.view<void>();
   // As in torch's binding: branch results are written only when a backward pass will read them.
   if (pass == dilated::Pass::kBackward && plan.needs_branch_outputs()) {
     forward.branch_out = branch_out.view<void>();
@@ -129,6 +130,7 @@ void run(benchmark::State& state, const Row& row, dilated::Pass pass) {
   backward.value = forward.value;
   backward.out = out.view<const void>();
   backward.lse = lse.view<const void>();
+  backward.lse_residual = lse_residual.view<const void>();
   if (plan.needs_branch_outputs()) {
     backward.branch_out = branch_out.view<const void>();
     backward.branch_lse = branch_lse.view<const void>();

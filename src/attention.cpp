@@ -39,12 +39,14 @@ class CallCheck : public ViewCheck {
   }
 
   template <typename Void>
-  void branches(const StridedView<Void, 4>& out, const StridedView<Void, 3>& lse) const {
+  void branches(const StridedView<Void, 4>& out, const StridedView<Void, 4>& lse) const {
     tensor("branch_out", out,
            {problem_.batch, problem_.num_heads, plan_.branch_rows(), problem_.head_dim},
            lse_dtype_);
     rows("branch_out", out);
-    row_values("branch_lse", lse, plan_.branch_rows());
+    tensor("branch_lse", lse, {problem_.batch, problem_.num_heads, plan_.branch_rows(), 2},
+           lse_dtype_);
+    rows("branch_lse", lse);
   }
 
   void inputs(const ConstTensorView& query, const ConstTensorView& key,
@@ -144,10 +146,17 @@ void forward(const Plan& plan, const ForwardTensors& t, const Context& context) 
   check.inputs(t.query, t.key, t.value, t.masks);
   check.tokens("out", t.out, problem.query_rows(), problem.num_heads, true);
   check.row_values("lse", t.lse, problem.query_rows());
+  if (t.lse_residual.defined()) {
+    check.row_values("lse_residual", t.lse_residual, problem.query_rows());
+  }
   if (t.branch_out.defined() || t.branch_lse.defined()) {
     check.branches(t.branch_out, t.branch_lse);
   }
-  check.outputs({{"out", t.out}, {"lse", t.lse}, {"branch_out", t.branch_out}, {"branch_lse", t.branch_lse}},
+  check.outputs({{"out", t.out},
+                 {"lse", t.lse},
+                 {"lse_residual", t.lse_residual},
+                 {"branch_out", t.branch_out},
+                 {"branch_lse", t.branch_lse}},
                 {{"query", t.query}, {"key", t.key}, {"value", t.value}});
   const Scratch scratch(check, plan, Pass::kForward, context);
   if (problem.batch * problem.query_rows() * problem.num_heads > 0) {
@@ -167,12 +176,15 @@ void backward(const Plan& plan, const BackwardTensors& t, const Context& context
   check.inputs(t.query, t.key, t.value, t.masks);
   check.tokens("out", t.out, query_rows, problem.num_heads, true);
   check.row_values("lse", t.lse, query_rows);
+  if (t.lse_residual.defined()) {
+    check.row_values("lse_residual", t.lse_residual, query_rows);
+  }
   if (plan.needs_branch_outputs()) {
     check.branches(t.branch_out, t.branch_lse);
     for (const Sequence& sequence : plan.sequences()) {
       if (sequence.keys != Range{0, sequence.length}) {
-        reject<Unsupported>("lse_grad", "true for gradients of windows that hold a part of the keys",
-                            "false",
+        reject<Unsupported>("lse_grad",
+                            "true for gradients of windows that hold a part of the keys", "false",
                             "detached merge weights need every branch's result over all keys");
       }
     }
@@ -181,8 +193,14 @@ void backward(const Plan& plan, const BackwardTensors& t, const Context& context
   check.tokens("dkey", t.dkey, key_rows, problem.num_kv_heads, true);
   check.tokens("dvalue", t.dvalue, key_rows, problem.num_kv_heads, true);
   check.outputs({{"dquery", t.dquery}, {"dkey", t.dkey}, {"dvalue", t.dvalue}},
-                {{"dout", t.dout}, {"dlse", t.dlse}, {"query", t.query}, {"key", t.key},
-                 {"value", t.value}, {"out", t.out}, {"lse", t.lse}, {"branch_out", t.branch_out},
+                {{"dout", t.dout},
+                 {"dlse", t.dlse},
+                 {"query", t.query},
+                 {"key", t.key},
+                 {"value", t.value},
+                 {"out", t.out},
+                 {"lse", t.lse},
+                 {"branch_out", t.branch_out},
                  {"branch_lse", t.branch_lse}});
   const Scratch scratch(check, plan, Pass::kBackward, context);
   if (problem.batch * (query_rows * problem.num_heads + key_rows * problem.num_kv_heads) > 0) {

@@ -122,7 +122,8 @@ double merge_row(std::span<const Partial> parts, const At& at, std::vector<doubl
   return lse;
 }
 
-using RowBody = std::function<void(const At&, std::vector<double>& first, std::vector<double>& second)>;
+using RowBody =
+    std::function<void(const At&, std::vector<double>& first, std::vector<double>& second)>;
 
 /// Runs `body` over all rows, with two vectors of head_dim numbers per thread.
 void for_each_row(const std::array<std::int64_t, 4>& shape, const Context& context,
@@ -200,38 +201,38 @@ void merge_backward(std::span<const Partial> parts, const ConstTensorView& dout,
     check.outputs({{"gradients.out", gradient.out}, {"gradients.lse", gradient.lse}},
                   {{"dout", dout}, {"dlse", dlse}});
   }
-  for_each_row(shape, context, [&](const At& at, std::vector<double>& part,
-                                   std::vector<double>& upstream) {
-    const auto dot_upstream = [&](const std::vector<double>& x) {
-      double sum = 0.0;
-      for (std::size_t c = 0; c < x.size(); ++c) {
-        sum += upstream[c] * x[c];
-      }
-      return sum;
-    };
-    std::vector<double> deltas(parts.size(), 0.0);
-    const double lse = merge_row(parts, at, part, upstream);  // its out is not needed
-    load_row(dout, at, upstream);
-    double delta = 0.0;  // dO.O
-    for (std::size_t i = 0; i < parts.size(); ++i) {
-      const double part_lse = value_of(parts[i].lse, at);
-      if (part_lse != kAbsentLse<double>) {
-        load_row(parts[i].out, at, part);
-        deltas[i] = dot_upstream(part);
-        delta += std::exp(part_lse - lse) * deltas[i];
-      }
-    }
-    const double row_dlse = dlse.defined() ? value_of(dlse, at) : 0.0;
-    for (std::size_t i = 0; i < parts.size(); ++i) {
-      const double part_lse = value_of(parts[i].lse, at);
-      const bool absent = part_lse == kAbsentLse<double>;
-      const double weight = absent ? 0.0 : std::exp(part_lse - lse);
-      std::transform(upstream.begin(), upstream.end(), part.begin(),
-                     [&](double x) { return absent ? 0.0 : weight * x; });
-      store_row(gradients[i].out, at, part);
-      store(gradients[i].lse, at, absent ? 0.0 : weight * (deltas[i] - delta + row_dlse));
-    }
-  });
+  for_each_row(
+      shape, context, [&](const At& at, std::vector<double>& part, std::vector<double>& upstream) {
+        const auto dot_upstream = [&](const std::vector<double>& x) {
+          double sum = 0.0;
+          for (std::size_t c = 0; c < x.size(); ++c) {
+            sum += upstream[c] * x[c];
+          }
+          return sum;
+        };
+        std::vector<double> deltas(parts.size(), 0.0);
+        const double lse = merge_row(parts, at, part, upstream);  // its out is not needed
+        load_row(dout, at, upstream);
+        double delta = 0.0;  // dO.O
+        for (std::size_t i = 0; i < parts.size(); ++i) {
+          const double part_lse = value_of(parts[i].lse, at);
+          if (part_lse != kAbsentLse<double>) {
+            load_row(parts[i].out, at, part);
+            deltas[i] = dot_upstream(part);
+            delta += std::exp(part_lse - lse) * deltas[i];
+          }
+        }
+        const double row_dlse = dlse.defined() ? value_of(dlse, at) : 0.0;
+        for (std::size_t i = 0; i < parts.size(); ++i) {
+          const double part_lse = value_of(parts[i].lse, at);
+          const bool absent = part_lse == kAbsentLse<double>;
+          const double weight = absent ? 0.0 : std::exp(part_lse - lse);
+          std::transform(upstream.begin(), upstream.end(), part.begin(),
+                         [&](double x) { return absent ? 0.0 : weight * x; });
+          store_row(gradients[i].out, at, part);
+          store(gradients[i].lse, at, absent ? 0.0 : weight * (deltas[i] - delta + row_dlse));
+        }
+      });
 }
 
 }  // namespace dilated

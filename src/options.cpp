@@ -105,8 +105,8 @@ struct Heads {
 Heads heads_of(const Options& options, std::int64_t num_heads, std::int64_t num_kv_heads) {
   const std::int64_t total = options.total_heads.value_or(num_heads);
   if (options.head_offset < 0 || options.head_offset > total - num_heads) {
-    reject("head_offset", fmt::format("0 <= head_offset <= total_heads - num_heads = {}",
-                                      total - num_heads),
+    reject("head_offset",
+           fmt::format("0 <= head_offset <= total_heads - num_heads = {}", total - num_heads),
            fmt::format("{}", options.head_offset),
            "the call's heads are [head_offset, head_offset + num_heads) of total_heads");
   }

@@ -46,9 +46,9 @@ class Search {
     }
     const Term& term = terms_[t];
     // low - most <= c x <= high - least, with the extremes of the later terms.
-    const std::int64_t first =
-        std::max(term.low, -floor_div(most_[t + 1] - low, term.coefficient));
-    const std::int64_t last = std::min(term.high, floor_div(high - least_[t + 1], term.coefficient));
+    const std::int64_t first = std::max(term.low, -floor_div(most_[t + 1] - low, term.coefficient));
+    const std::int64_t last =
+        std::min(term.high, floor_div(high - least_[t + 1], term.coefficient));
     for (std::int64_t x = first; x <= last && budget_ > 0; ++x, --budget_) {
       if (find(t + 1, low - term.coefficient * x, high - term.coefficient * x,
                nontrivial && x == 0)) {

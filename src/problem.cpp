@@ -156,9 +156,9 @@ void validate_windows(const Problem& problem) {
     validate_range(fmt::format("windows[{}].keys", s), windows[s].keys, length);
     if (!packed && (windows[s].queries.size() != windows[0].queries.size() ||
                     windows[s].keys.size() != windows[0].keys.size())) {
-      reject(fmt::format("windows[{}]", s), "as many rows as windows[0], unless packed",
-             fmt::format("{} queries and {} keys", windows[s].queries.size(),
-                         windows[s].keys.size()));
+      reject(
+          fmt::format("windows[{}]", s), "as many rows as windows[0], unless packed",
+          fmt::format("{} queries and {} keys", windows[s].queries.size(), windows[s].keys.size()));
     }
   }
   if (problem.merge != Merge::kLse) {

@@ -12,10 +12,9 @@ std::vector<Sequence> sequences_of(const Problem& problem) {
     const auto at = static_cast<std::size_t>(s);
     const std::int64_t length =
         packed ? problem.cu_seqlens[at + 1] - problem.cu_seqlens[at] : problem.seqlen;
-    const Window window = problem.windows.empty() ? Window{{0, length}, {0, length}}
-                                                  : problem.windows[at];
-    sequences.push_back(
-        {packed ? 0 : s, length, window.queries, window.keys, query_row, key_row});
+    const Window window =
+        problem.windows.empty() ? Window{{0, length}, {0, length}} : problem.windows[at];
+    sequences.push_back({packed ? 0 : s, length, window.queries, window.keys, query_row, key_row});
     if (packed) {
       query_row += window.queries.size();
       key_row += window.keys.size();

@@ -6,7 +6,6 @@
 #include <gtest/gtest.h>
 
 #include "src/hand_out.h"
-
 #include "tests/support/random_problem.h"
 #include "tests/support/threads.h"
 

@@ -38,8 +38,7 @@ TEST(Dropout, M16TheMaskReadBackIsTheOneOfTheDefinition) {
     got.out.for_each([&](auto b, auto p, auto h, auto j) {
       const std::uint64_t stream = static_cast<std::uint64_t>(b * 2 + h);
       const bool keep =
-          dropout_draw(dropout_key(123456789012345, 77, stream),
-                       static_cast<std::uint64_t>(p),
+          dropout_draw(dropout_key(123456789012345, 77, stream), static_cast<std::uint64_t>(p),
                        static_cast<std::uint64_t>(j)) < dropout_threshold(kP);
       kept += keep;
       ASSERT_NEAR(got.out.at(b, p, h, j), keep ? 1.0 / (kLength * (1.0 - kP)) : 0.0, 1e-8)

@@ -331,7 +331,7 @@ ErrorRow view(std::string op, std::string argument, std::string message,
             call.dkey = Tensor(problem.dtype, k.shape());
             call.dvalue = call.dkey;
             call.branch_out = Tensor(DType::kFloat32, {1, 4, plan.branch_rows(), 8});
-            call.branch_lse = Tensor(DType::kFloat32, {1, 4, plan.branch_rows(), 1});
+            call.branch_lse = Tensor(DType::kFloat32, {1, 4, plan.branch_rows(), 2});
             const Call& constant = call;
             call.forward_tensors = {constant.inputs.query.view(),
                                     constant.inputs.key.view(),
@@ -339,6 +339,7 @@ ErrorRow view(std::string op, std::string argument, std::string message,
                                     call.inputs.masks(problem),
                                     call.out.view(),
                                     call.lse.rows(),
+                                    {},
                                     {},
                                     {}};
             BackwardTensors& backward_tensors = call.backward_tensors;
@@ -349,7 +350,7 @@ ErrorRow view(std::string op, std::string argument, std::string message,
             backward_tensors.out = constant.out.view();
             backward_tensors.lse = constant.lse.rows();
             backward_tensors.branch_out = constant.branch_out.view();
-            backward_tensors.branch_lse = constant.branch_lse.rows();
+            backward_tensors.branch_lse = constant.branch_lse.view();
             backward_tensors.masks = call.inputs.masks(problem);
             backward_tensors.dquery = call.dquery.view();
             backward_tensors.dkey = call.dkey.view();
@@ -420,7 +421,7 @@ TEST(Errors, EveryViewThatDoesNotFitThePlan) {
            same, [](Call& c) { c.backward_tensors.dvalue = c.dkey.view(); }),
       view("forward", "branch_out", "expected shape (1, 4, 28, 8), got (1, 16, 4, 8)", same,
            [](Call& c) { c.forward_tensors.branch_out = c.out.view(); }),
-      view("forward", "branch_lse", "expected a tensor of shape (1, 4, 28), got none", sum,
+      view("forward", "branch_lse", "expected a tensor of shape (1, 4, 28, 2), got none", sum,
            [](Call& c) { c.forward_tensors.branch_out = c.branch_out.view(); }),
       view("backward", "dout", "expected a tensor of shape (1, 16, 4, 8), got none", same,
            [](Call& c) { c.backward_tensors.dout.data = nullptr; }),

@@ -131,7 +131,8 @@ TEST(Geometry, FirstRowAtIsTheFirstPositionNotBefore) {
 TEST(Geometry, CompactRowsAreDistinctAndBounded) {
   for_every_small_branch([](auto n, auto w, auto r, auto o) {
     const BranchGeometry geometry(n, w, r);
-    ASSERT_LE(geometry.compact_rows({0, n}), std::min(n, n / r + n / w + 2)) << n << " " << w << " " << r;
+    ASSERT_LE(geometry.compact_rows({0, n}), std::min(n, n / r + n / w + 2))
+        << n << " " << w << " " << r;
     std::set<std::int64_t> rows;
     for (std::int64_t p = 0; p < n; ++p) {
       if (geometry.covers(p, o)) {

@@ -1,4 +1,5 @@
-// Partial results: the public merge, float32 results of 16-bit inputs, heads of a shard, saved rows.
+// Partial results: the public merge, float32 results of 16-bit inputs, heads of a shard, saved
+// rows.
 #include <cmath>
 #include <limits>
 
@@ -31,7 +32,8 @@ struct Parts {
       out.for_each([&](auto b, auto p, auto h, auto c) {
         const bool absent = (b + p + h + i) % 3 == 0 || p == 2;  // rows p = 2 everywhere
         out.set(b, p, h, c, absent ? kNan : val(static_cast<std::uint64_t>(20 + i), at++));
-        lse.set(b, h, p, 0, absent ? -kInfinity : 3.0 * val(static_cast<std::uint64_t>(40 + i), at));
+        lse.set(b, h, p, 0,
+                absent ? -kInfinity : 3.0 * val(static_cast<std::uint64_t>(40 + i), at));
       });
       outs.push_back(out);
       lses.push_back(lse);
@@ -58,8 +60,7 @@ Merged merged(const std::vector<Partial>& parts, DType dtype) {
 }
 
 TEST(PublicMerge, EqualsItsFormulaInAnyOrder) {
-  for (const DType dtype :
-       {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
     const Parts parts(3, dtype);
     const DType result_dtype = dtype == DType::kFloat64 ? dtype : DType::kFloat32;
     const Merged got = merged(parts.views({0, 1, 2}), result_dtype);
@@ -127,8 +128,8 @@ TEST(PublicMerge, GradientsEqualFiniteDifferences) {
       const double expected = absent ? 0.0 : slope(moved.lses[i], b, h, p, c, moved);
       ASSERT_NEAR(dlses[i].at(b, h, p, c), expected, 1e-7);
       for (std::int64_t k = 0; k < 5; ++k) {
-        ASSERT_NEAR(douts[i].at(b, p, h, k),
-                    absent ? 0.0 : slope(moved.outs[i], b, p, h, k, moved), 1e-7);
+        ASSERT_NEAR(douts[i].at(b, p, h, k), absent ? 0.0 : slope(moved.outs[i], b, p, h, k, moved),
+                    1e-7);
       }
     });
   }
@@ -161,8 +162,7 @@ TEST(PartialResults, FloatOutputsOfHalfInputsAreRoundedOnlyAtTheEnd) {
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
     check_property("unrounded", 100, {.dtype = dtype}, [dtype](const RandomCase& drawn) {
       const Results rounded = run(drawn.problem, drawn.inputs, {.backend = "cpu"});
-      const Results exact =
-          run(drawn.problem, drawn.inputs, {.backend = "cpu", .unrounded = true});
+      const Results exact = run(drawn.problem, drawn.inputs, {.backend = "cpu", .unrounded = true});
       for (const NamedResult& result : kResults) {
         // Delta = dO.O takes out as it was stored: only out itself and dvalue are the same numbers.
         if (result.name == "out" || result.name == "dvalue" || result.name == "lse") {
@@ -182,9 +182,8 @@ TEST(PartialResults, FloatOutputsOfHalfInputsAreRoundedOnlyAtTheEnd) {
 /// Heads [first, first + count) of a tensor.
 Tensor heads_of(const Tensor& tensor, std::int64_t first, std::int64_t count) {
   Tensor part(tensor.dtype(), {tensor.shape()[0], tensor.shape()[1], count, tensor.shape()[3]});
-  part.for_each([&](auto b, auto p, auto h, auto c) {
-    part.set(b, p, h, c, tensor.at(b, p, first + h, c));
-  });
+  part.for_each(
+      [&](auto b, auto p, auto h, auto c) { part.set(b, p, h, c, tensor.at(b, p, first + h, c)); });
   return part;
 }
 
@@ -192,7 +191,8 @@ TEST(HeadShards, FourHeadsAsTwoAndTwoAreTheSameBits) {
   for (const char* rule : {"paper", "torchscale", "branch", "zero"}) {
     for (const char* groups : {"none", "cumulative", "literal"}) {
       for (const std::int64_t kv_heads : {8, 4, 2}) {
-        Options options{.segments = {16, 40}, .dilations = {1, 4}, .offsets = rule, .groups = groups};
+        Options options{
+            .segments = {16, 40}, .dilations = {1, 4}, .offsets = rule, .groups = groups};
         options.dropout_p = 0.3;
         const Shapes shapes{.seqlen = 60, .num_heads = 8, .num_kv_heads = kv_heads, .head_dim = 6};
         const Problem whole = make_problem(options, shapes);
@@ -212,9 +212,9 @@ TEST(HeadShards, FourHeadsAsTwoAndTwoAreTheSameBits) {
           const Results got = run(make_problem(options, shard), part);
           EXPECT_EQ(bit_difference(got.out, heads_of(expected.out, 4 * rank, 4)), "") << rule;
           EXPECT_EQ(bit_difference(got.dquery, heads_of(expected.dquery, 4 * rank, 4)), "");
-          EXPECT_EQ(bit_difference(got.dkey,
-                                   heads_of(expected.dkey, kv_heads / 2 * rank, kv_heads / 2)),
-                    "");
+          EXPECT_EQ(
+              bit_difference(got.dkey, heads_of(expected.dkey, kv_heads / 2 * rank, kv_heads / 2)),
+              "");
         }
       }
     }
@@ -243,32 +243,39 @@ TEST(HeadShards, ReplicatedKvHeadsNeedTheirTotal) {
 
 TEST(SavedBranches, EveryRowIsWritten) {
   for (const char* backend : {"cpu", "reference"}) {
-    check_property("saved rows", 150, {.dtype = DType::kFloat32},
-                   [backend](const RandomCase& drawn) {
-                     const Problem& problem = drawn.problem;
-                     const Plan plan = make_plan(problem, backend);
-                     const std::int64_t rows = plan.branch_rows();
-                     Tensor out(problem.dtype, drawn.inputs.query.shape());
-                     Tensor lse(problem.dtype, {problem.batch, problem.num_heads, problem.seqlen, 1});
-                     Tensor branch_out(DType::kFloat32,
-                                       {problem.batch, problem.num_heads, rows, problem.head_dim});
-                     Tensor branch_lse(DType::kFloat32, {problem.batch, problem.num_heads, rows, 1});
-                     forward(plan, {drawn.inputs.query.view(), drawn.inputs.key.view(),
-                                    drawn.inputs.value.view(), drawn.inputs.masks(problem), out.view(),
-                                    lse.rows(), branch_out.view(), branch_lse.rows()});
-                     std::string text;
-                     if (problem.seqlen == 0) {
-                       return text;
-                     }
-                     branch_out.for_each([&](auto b, auto h, auto row, auto c) {
-                       const double value = branch_lse.at(b, h, row);
-                       if (std::isnan(branch_out.at(b, h, row, c)) || std::isnan(value) ||
-                           (value == -kInfinity && branch_out.at(b, h, row, c) != 0.0)) {
-                         text = "row " + std::to_string(row) + " was not written";
-                       }
-                     });
-                     return text;
-                   });
+    check_property(
+        "saved rows", 150, {.dtype = DType::kFloat32}, [backend](const RandomCase& drawn) {
+          const Problem& problem = drawn.problem;
+          const Plan plan = make_plan(problem, backend);
+          const std::int64_t rows = plan.branch_rows();
+          Tensor out(problem.dtype, drawn.inputs.query.shape());
+          Tensor lse(problem.dtype, {problem.batch, problem.num_heads, problem.seqlen, 1});
+          Tensor branch_out(DType::kFloat32,
+                            {problem.batch, problem.num_heads, rows, problem.head_dim});
+          Tensor branch_lse(DType::kFloat32, {problem.batch, problem.num_heads, rows, 2});
+          forward(plan, {drawn.inputs.query.view(),
+                         drawn.inputs.key.view(),
+                         drawn.inputs.value.view(),
+                         drawn.inputs.masks(problem),
+                         out.view(),
+                         lse.rows(),
+                         {},
+                         branch_out.view(),
+                         branch_lse.view()});
+          std::string text;
+          if (problem.seqlen == 0) {
+            return text;
+          }
+          branch_out.for_each([&](auto b, auto h, auto row, auto c) {
+            const double value = branch_lse.at(b, h, row);
+            if (std::isnan(branch_out.at(b, h, row, c)) || std::isnan(value) ||
+                std::isnan(branch_lse.at(b, h, row, 1)) ||
+                (value == -kInfinity && branch_out.at(b, h, row, c) != 0.0)) {
+              text = "row " + std::to_string(row) + " was not written";
+            }
+          });
+          return text;
+        });
   }
 }
 
@@ -314,11 +321,10 @@ TEST(Decisions, ArePrintedAndNeedNoDevice) {
   problem.device.units = 2;
   problem.alignment = 16;
   const std::string text = make_plan(problem, "cpu").to_string();
-  for (const char* line :
-       {"device        cpu, 2 threads\n", "alignment     16 bytes\n", "threads       2\n",
-        "branch order  [0, 1]\n",
-        "forward       items of 256 positions, 1536 rows of a class at a time\n",
-        "backward      1024 rows of a class at a time\n"}) {
+  for (const char* line : {"device        cpu, 2 threads\n", "alignment     16 bytes\n",
+                           "threads       2\n", "branch order  [0, 1]\n",
+                           "forward       items of 256 positions, 1536 rows of a class at a time\n",
+                           "backward      1024 rows of a class at a time\n"}) {
     EXPECT_NE(text.find(line), std::string::npos) << line << "is not in\n" << text;
   }
 }
@@ -349,7 +355,20 @@ TEST(Outputs, OfOneInterleavedTensorAreNoOverlap) {
     view.shape[2] = 2;
     return view;
   };
+  Tensor out(DType::kFloat32, inputs.query.shape());
+  Tensor lse(DType::kFloat32, {1, 2, 40, 1});
+  Tensor residual = lse;
+  forward(plan, {inputs.query.view(),
+                 inputs.key.view(),
+                 inputs.value.view(),
+                 {},
+                 out.view(),
+                 lse.rows(),
+                 residual.rows(),
+                 {},
+                 {}});
   BackwardTensors tensors;
+  tensors.lse_residual = std::as_const(residual).rows();
   tensors.dout = inputs.dout.view();
   tensors.query = inputs.query.view();
   tensors.key = inputs.key.view();

@@ -11,7 +11,6 @@
 
 #include "src/geometry.h"
 #include "src/sequences.h"
-
 #include "tests/support/materialised.h"
 #include "tests/support/random_problem.h"
 
@@ -73,8 +72,8 @@ Part part_of(const Problem& whole, const Inputs& inputs, const std::vector<Windo
   part.inputs.key = take_rows(inputs.key, part.key_rows, batch, whole.dtype);
   part.inputs.value = take_rows(inputs.value, part.key_rows, batch, whole.dtype);
   if (inputs.dlse) {
-    part.inputs.dlse = Tensor(inputs.dlse->dtype(),
-                              {batch, whole.num_heads, part.problem.query_rows(), 1});
+    part.inputs.dlse =
+        Tensor(inputs.dlse->dtype(), {batch, whole.num_heads, part.problem.query_rows(), 1});
     each_row(part.query_rows, batch, [&](auto b, auto j, auto whole_b, auto p) {
       for (std::int64_t h = 0; h < whole.num_heads; ++h) {
         part.inputs.dlse->set(b, h, j, 0, inputs.dlse->at(whole_b, h, p));
@@ -160,8 +159,8 @@ Results composed(const Problem& whole, const Inputs& inputs, const std::string& 
     std::vector<PartialGradient> gradients;
     for (const std::vector<Range>& key_ranges : keys) {
       parts.push_back(part_of(whole, inputs, windows_of(query_ranges, key_ranges)));
-      results.push_back(run(parts.back().problem, parts.back().inputs,
-                            {.backend = backend, .unrounded = true}));
+      results.push_back(
+          run(parts.back().problem, parts.back().inputs, {.backend = backend, .unrounded = true}));
     }
     std::vector<Tensor> douts;
     std::vector<Tensor> dlses;
@@ -192,8 +191,7 @@ Results composed(const Problem& whole, const Inputs& inputs, const std::string& 
       Part& part = parts[i];
       part.inputs.dout = douts[i];
       part.inputs.dlse = dlses[i];
-      const Results got =
-          run(part.problem, part.inputs, {.backend = backend, .unrounded = true});
+      const Results got = run(part.problem, part.inputs, {.backend = backend, .unrounded = true});
       const auto add = [&](Tensor& to, const Tensor& from, const RowMap& rows) {
         each_row(rows, whole.batch, [&](auto b, auto j, auto whole_b, auto p) {
           for (std::int64_t h = 0; h < to.shape()[2]; ++h) {
@@ -233,14 +231,13 @@ TEST(Windows, AllWindowsTogetherKeepTheRule) {
 
 /// Windows that start inside a tile, a class, a segment, and sequences of many tiles.
 TEST(Windows, LongSequencesKeepTheRule) {
-  check_property("windows, cpu, longer", 40,
-                 {.dtype = DType::kFloat32, .max_seqlen = 400, .max_head_dim = 70},
-                 [](const RandomCase& drawn) {
-                   Problem whole = with_lse_merge(drawn.problem);
-                   whole.lse_grad = true;
-                   return rule_violation(whole, drawn.inputs,
-                                         composed(whole, drawn.inputs, "cpu"), kDraws);
-                 });
+  check_property(
+      "windows, cpu, longer", 40, {.dtype = DType::kFloat32, .max_seqlen = 400, .max_head_dim = 70},
+      [](const RandomCase& drawn) {
+        Problem whole = with_lse_merge(drawn.problem);
+        whole.lse_grad = true;
+        return rule_violation(whole, drawn.inputs, composed(whole, drawn.inputs, "cpu"), kDraws);
+      });
 }
 
 /// Rows of every query window with all keys against the same rows of the whole, bit for bit; with

@@ -75,12 +75,12 @@ struct Prepared {
         lse(DType::kFloat32, {problem.batch, problem.num_heads, problem.seqlen, 1}),
         branch_out(DType::kFloat32,
                    {problem.batch, problem.num_heads, plan.branch_rows(), problem.head_dim}),
-        branch_lse(DType::kFloat32, {problem.batch, problem.num_heads, plan.branch_rows(), 1}),
+        branch_lse(DType::kFloat32, {problem.batch, problem.num_heads, plan.branch_rows(), 2}),
         dquery(out),
         dkey(problem.dtype, inputs.key.shape()),
         dvalue(dkey) {
-    const std::int64_t bytes = std::max(plan.workspace_bytes(Pass::kForward),
-                                        plan.workspace_bytes(Pass::kBackward));
+    const std::int64_t bytes =
+        std::max(plan.workspace_bytes(Pass::kForward), plan.workspace_bytes(Pass::kBackward));
     lines.resize(static_cast<std::size_t>(bytes / 64 + 1));
   }
 
@@ -97,10 +97,11 @@ struct Prepared {
                            out.view(),
                            lse.rows(),
                            {},
+                           {},
                            {}};
     if (plan.needs_branch_outputs()) {
       tensors.branch_out = branch_out.view();
-      tensors.branch_lse = branch_lse.rows();
+      tensors.branch_lse = branch_lse.view();
     }
     return tensors;
   }
@@ -115,7 +116,7 @@ struct Prepared {
     tensors.lse = std::as_const(lse).rows();
     if (plan.needs_branch_outputs()) {
       tensors.branch_out = std::as_const(branch_out).view();
-      tensors.branch_lse = std::as_const(branch_lse).rows();
+      tensors.branch_lse = std::as_const(branch_lse).view();
     }
     tensors.dquery = dquery.view();
     tensors.dkey = dkey.view();

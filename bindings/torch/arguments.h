@@ -46,10 +46,23 @@ struct WithOptions<kFunction> {
                      std::optional<double> out_scale, std::optional<bool> lse_grad,
                      std::optional<StringHandle> tail, std::optional<StringHandle> gqa_offset,
                      bool is_causal, std::optional<double> scale, double dropout_p) {
-    const Options options{segments,         dilations,   take(preset), take(offsets), offset_table,
-                          take(groups),     take(merge), out_scale,    lse_grad,      take(tail),
-                          take(gqa_offset), is_causal,   scale,        dropout_p,
-                          0,                {},          {}};
+    const Options options{segments,
+                          dilations,
+                          take(preset),
+                          take(offsets),
+                          offset_table,
+                          take(groups),
+                          take(merge),
+                          out_scale,
+                          lse_grad,
+                          take(tail),
+                          take(gqa_offset),
+                          is_causal,
+                          scale,
+                          dropout_p,
+                          0,
+                          {},
+                          {}};
     try {
       return kFunction(options, std::forward<Rest>(rest)...);
     } catch (const InvalidProblem& error) {

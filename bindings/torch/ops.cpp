@@ -133,13 +133,12 @@ Masks masks_of(const Extras& extras, const Call& call) {
 class TorchContext {
  public:
   TorchContext(const Call& call, Pass pass, const Tensor& like)
-      : bytes_(call.plan.workspace_bytes(pass)),
-        workspace_(new_workspace(like, bytes_)) {}
+      : bytes_(call.plan.workspace_bytes(pass)), workspace_(new_workspace(like, bytes_)) {}
 
   Context context() const {
-    return {
-        .parallel_for = &threads_,
-        .workspace = {static_cast<std::byte*>(workspace_.mutable_data_ptr()), static_cast<std::size_t>(bytes_)}};
+    return {.parallel_for = &threads_,
+            .workspace = {static_cast<std::byte*>(workspace_.mutable_data_ptr()),
+                          static_cast<std::size_t>(bytes_)}};
   }
 
  private:

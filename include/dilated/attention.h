@@ -31,10 +31,14 @@ struct ForwardTensors {
   Masks masks;
   TensorView out;  // like query, or float32; every element is written exactly once
   RowView lse;     // (batch, num_heads, query_rows), float32 (float64 for float64 inputs)
+  // Written if defined, like lse: what a float32 lse cannot say of L, in the back end's units. With
+  // it backward recomputes the very probabilities that forward normalised, however large scores
+  // are.
+  RowView lse_residual = {};
   // Written if defined, every row of them: normalised output and log-sum-exp of every branch, 0 and
   // -inf in rows that no position uses.
-  TensorView branch_out;  // (batch, num_heads, plan.branch_rows(), head_dim), dtype of lse
-  RowView branch_lse;     // (batch, num_heads, plan.branch_rows()), dtype of lse
+  TensorView branch_out = {};  // (batch, num_heads, plan.branch_rows(), head_dim), dtype of lse
+  TensorView branch_lse = {};  // (batch, num_heads, plan.branch_rows(), 2): l_b and its residual
 };
 
 struct BackwardTensors {
@@ -43,8 +47,10 @@ struct BackwardTensors {
   ConstTensorView query, key, value;
   ConstTensorView out;  // as forward wrote it
   ConstRowView lse;
+  // Undefined: probabilities are as exact as lse, off by up to 1e-7 |score|.
+  ConstRowView lse_residual;
   ConstTensorView branch_out;  // required if plan.needs_branch_outputs()
-  ConstRowView branch_lse;
+  ConstTensorView branch_lse;
   Masks masks;
   TensorView dquery, dkey, dvalue;  // like query, key, value, or float32
 };

@@ -1,5 +1,5 @@
-// Threads that the caller lends: a pool of its own, or the core's default. How work is handed out to
-// them is the core's business (src/hand_out.h), and results never depend on it.
+// Threads that the caller lends: a pool of its own, or the core's default. How work is handed out
+// to them is the core's business (src/hand_out.h), and results never depend on it.
 #pragma once
 
 #include <functional>

@@ -71,8 +71,10 @@ Inputs Inputs::in_float64() const {
 Masks Inputs::masks(const Problem& problem) const {
   Masks masks;
   if (problem.has_key_mask) {
-    masks.key_mask = {
-        key_mask.data(), DType::kFloat32, {problem.batch, problem.key_rows()}, {problem.key_rows(), 1}};
+    masks.key_mask = {key_mask.data(),
+                      DType::kFloat32,
+                      {problem.batch, problem.key_rows()},
+                      {problem.key_rows(), 1}};
   }
   masks.seqused = problem.has_seqused ? seqused.data() : nullptr;
   masks.dropout_state = dropout_state.data();
@@ -97,8 +99,7 @@ Inputs make_inputs(const Problem& problem, const InputOptions& options) {
     fill_stream(*tensor, seed++, options.amplitude);
   }
   if (options.with_dlse) {
-    inputs.dlse =
-        Tensor(lse_dtype(problem.dtype), {problem.batch, problem.num_heads, rows, 1});
+    inputs.dlse = Tensor(lse_dtype(problem.dtype), {problem.batch, problem.num_heads, rows, 1});
     for (std::int64_t b = 0; b < problem.batch; ++b) {
       for (std::int64_t p = 0; p < rows; ++p) {
         for (std::int64_t h = 0; h < problem.num_heads; ++h) {
@@ -140,7 +141,8 @@ Results run(const Plan& plan, const Inputs& inputs, const RunOptions& options) {
       Tensor(rows, {problem.batch, problem.num_heads, problem.query_rows(), 1}, options.layout),
       like(inputs.query), like(inputs.key), like(inputs.value)};
   Tensor branch_out(rows, {problem.batch, problem.num_heads, plan.branch_rows(), problem.head_dim});
-  Tensor branch_lse(rows, {problem.batch, problem.num_heads, plan.branch_rows(), 1});
+  Tensor branch_lse(rows, {problem.batch, problem.num_heads, plan.branch_rows(), 2});
+  Tensor lse_residual(rows, results.lse.shape());
   {
     ForwardTensors tensors{std::as_const(inputs.query).view(),
                            inputs.key.view(),
@@ -148,11 +150,12 @@ Results run(const Plan& plan, const Inputs& inputs, const RunOptions& options) {
                            inputs.masks(problem),
                            results.out.view(),
                            results.lse.rows(),
+                           lse_residual.rows(),
                            {},
                            {}};
     if (plan.needs_branch_outputs()) {
       tensors.branch_out = branch_out.view();
-      tensors.branch_lse = branch_lse.rows();
+      tensors.branch_lse = branch_lse.view();
     }
     GuardedWorkspace workspace(plan.workspace_bytes(Pass::kForward));
     forward(plan, tensors, {.parallel_for = options.parallel_for, .workspace = workspace.span()});
@@ -168,9 +171,10 @@ Results run(const Plan& plan, const Inputs& inputs, const RunOptions& options) {
   tensors.value = inputs.value.view();
   tensors.out = std::as_const(results.out).view();
   tensors.lse = std::as_const(results.lse).rows();
+  tensors.lse_residual = std::as_const(lse_residual).rows();
   if (plan.needs_branch_outputs()) {
     tensors.branch_out = std::as_const(branch_out).view();
-    tensors.branch_lse = std::as_const(branch_lse).rows();
+    tensors.branch_lse = std::as_const(branch_lse).view();
   }
   tensors.masks = inputs.masks(problem);
   tensors.dquery = results.dquery.view();

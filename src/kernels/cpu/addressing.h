@@ -23,6 +23,19 @@ inline std::byte* row_at(const TensorView& view, std::int64_t batch, std::int64_
              size_of(view.dtype);
 }
 
+/// Row of a float32 (batch, heads, rows, columns) view of saved branch results.
+inline float* saved_row(const TensorView& view, std::int64_t batch, std::int64_t head,
+                        std::int64_t row) {
+  return static_cast<float*>(view.data) + batch * view.strides[0] + head * view.strides[1] +
+         row * view.strides[2];
+}
+
+inline const float* saved_row(const ConstTensorView& view, std::int64_t batch, std::int64_t head,
+                              std::int64_t row) {
+  return static_cast<const float*>(view.data) + batch * view.strides[0] + head * view.strides[1] +
+         row * view.strides[2];
+}
+
 /// Entry of a float32 (batch, heads, rows) view.
 inline float& item_at(const RowView& view, std::int64_t batch, std::int64_t head,
                       std::int64_t row) {

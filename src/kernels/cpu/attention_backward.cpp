@@ -2,7 +2,7 @@
 // head, segment): items of a branch touch disjoint rows of dq, dk and dv, so there are no atomics
 // and the bits do not depend on the number of threads. Two numbers per row, lse_row and delta_row,
 // make all merges one form (g = out_scale dO):
-//   P = exp(s - lse_row)         dV_j += P g
+//   P = e^(s - lse_row)          dV_j += P g
 //   dS = P (g.v_j - delta_row)   dQ += scale dS k   dK += scale dS q
 //
 //   exact      lse_row = L               delta_row = dO.O - dL
@@ -11,12 +11,15 @@
 //   mean       lse_row = l_b + log n_p   delta_row = g.O_b - n_p w_b dL
 //
 // Vectors run along the keys (S, P, dS, dK^T, dV^T), so queries and g enter by broadcast as they
-// lie in memory.
+// lie in memory. Scores are those of forward to the bit; with lse_row as score_units.h stores it, P
+// is the probability that forward normalised. out_scale goes to V and, at the end, to dV, so that
+// dO.V and dO.O are rounded alike: in a row of one key dS is 0.
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
 #include <utility>
+#include <vector>
 
 #include "src/branches.h"
 #include "src/dropout.h"
@@ -26,6 +29,7 @@
 #include "src/kernels/cpu/attention.h"
 #include "src/kernels/cpu/decision.h"
 #include "src/kernels/cpu/key_filter.h"
+#include "src/kernels/cpu/score_units.h"
 #include "src/kernels/cpu/scratch.h"
 #include "src/kernels/cpu/work_items.h"
 
@@ -101,6 +105,8 @@ class BackwardSegment {
         tensors_(tensors),
         gradients_(gradients),
         scratch_(scratch),
+        units_(plan.scale()),
+        out_scale_(static_cast<float>(problem_.out_scale)),
         branch_(branch),
         sequence_index_(sequence_index),
         sequence_(sequence),
@@ -139,12 +145,9 @@ class BackwardSegment {
 
   /// Query rows [first, last) against all keys of the segment.
   void attend(std::int64_t first, std::int64_t last) {
-    for (std::int64_t i = first; i < last; ++i) {
-      pack_query(i, i - first);
-    }
+    pack_queries(first, last, 0);
     std::fill_n(scratch_.dquery, static_cast<std::size_t>(last - first) * padded_, 0.0f);
-    const std::int64_t end =
-        problem_.is_causal ? std::min(key_span_.last, last) : key_span_.last;
+    const std::int64_t end = problem_.is_causal ? std::min(key_span_.last, last) : key_span_.last;
     constexpr std::int64_t kBlocksPerTile =
         kBackwardRows / static_cast<std::int64_t>(block_rows(kPanelVectors));
     for (std::int64_t k = key_span_.first; k < end; k += kTileLanes) {
@@ -180,56 +183,69 @@ class BackwardSegment {
     return reinterpret_cast<float*>(cpu::row_at(view, sequence_.batch, at, head));
   }
 
-  /// Query, g and the two numbers of one row.
-  void pack_query(std::int64_t row, std::int64_t slot) {
+  /// Queries, dO and the numbers of rows [first, last), from `slot` on.
+  void pack_queries(std::int64_t first, std::int64_t last, std::int64_t slot) {
+    for (std::int64_t row = first; row < last; row += kTileLanes, slot += kTileLanes) {
+      const std::int64_t count = std::min(kTileLanes, last - row);
+      for (std::int64_t i = 0; i < count; ++i) {
+        pack_query(row + i, slot + i, scratch_.rows + static_cast<std::size_t>(i) * padded_);
+      }
+      float dots[kTileLanes];
+      dot_rows(dout_row(slot), head_dim_, scratch_.rows, padded_, static_cast<std::size_t>(count),
+               head_dim_, dots);
+      for (std::int64_t i = 0; i < count; ++i) {
+        float& delta = scratch_.row_delta[slot + i];
+        delta = scratch_.row_base[slot + i] == kInfinity ? 0.0f : delta + dots[i];
+      }
+    }
+  }
+
+  /// One row. `out` receives what dO is multiplied with in delta, row_delta the rest of it.
+  void pack_query(std::int64_t row, std::int64_t slot, float* out) {
     const std::int64_t token = query_span_.row(row);
-    float* const g = scratch_.dout + static_cast<std::size_t>(slot) * head_dim_;
     load_row(problem_.dtype, cpu::row_at(tensors_.query, sequence_.batch, token, head_), head_dim_,
-             1.0f, scratch_.query + static_cast<std::size_t>(slot) * head_dim_, head_dim_);
-    const std::byte* const dout = cpu::row_at(tensors_.dout, sequence_.batch, token, head_);
+             units_.sign(), query_row(slot), head_dim_);
+    load_row(tensors_.dout.dtype, cpu::row_at(tensors_.dout, sequence_.batch, token, head_),
+             head_dim_, 1.0f, dout_row(slot), head_dim_);
     const float dlse =
         tensors_.dlse.defined() ? cpu::item_at(tensors_.dlse, sequence_.batch, head_, token) : 0.0f;
-    float lse = cpu::item_at(tensors_.lse, sequence_.batch, head_, token);
+    cpu::LogSum sum{cpu::item_at(tensors_.lse, sequence_.batch, head_, token),
+                    tensors_.lse_residual.defined()
+                        ? cpu::item_at(tensors_.lse_residual, sequence_.batch, head_, token)
+                        : 0.0f};
     float delta = -dlse;
     if (plan_.needs_branch_outputs()) {
-      load_row(tensors_.dout.dtype, dout, head_dim_, static_cast<float>(problem_.out_scale), g,
-               head_dim_);
-      const std::int64_t slot_row = plan_.branch_row_begin(branch_, sequence_index_) +
-                                    geometry_.slot(segment_, row) -
-                                    geometry_.first_slot(sequence_.queries.begin);
-      const ConstTensorView& saved = tensors_.branch_out;
-      const float* const branch_out = static_cast<const float*>(saved.data) +
-                                      sequence_.batch * saved.strides[0] +
-                                      head_ * saved.strides[1] + slot_row * saved.strides[2];
+      const std::int64_t saved = plan_.branch_row_begin(branch_, sequence_index_) +
+                                 geometry_.slot(segment_, row) -
+                                 geometry_.first_slot(sequence_.queries.begin);
+      const float* const branch_out =
+          cpu::saved_row(tensors_.branch_out, sequence_.batch, head_, saved);
+      std::transform(branch_out, branch_out + head_dim_, out,
+                     [this](float x) { return out_scale_ * x; });
       if (problem_.merge != Merge::kLse) {
-        const float branch_lse =
-            cpu::item_at(tensors_.branch_lse, sequence_.batch, head_, slot_row);
+        const float* const pair =
+            cpu::saved_row(tensors_.branch_lse, sequence_.batch, head_, saved);
+        const cpu::LogSum branch{pair[0], pair[1]};
         const auto count = static_cast<float>(
             problem_.merge == Merge::kMean
                 ? covering_branches(problem_, sequence_.length, head_, position(row))
                 : 1);
-        // 0 * exp(-inf - -inf) must not appear: such a row has no keys and is dropped below.
-        delta = branch_lse == -kInfinity ? 0.0f : -dlse * count * std::exp(branch_lse - lse);
-        lse = branch_lse + std::log(count);
+        // A branch without keys: -inf - -inf must not appear, the row is dropped below.
+        delta = branch.lse == -kInfinity ? 0.0f : delta * count * units_.share(branch, sum);
+        sum = {branch.lse, branch.residual + std::log2(count)};
       }
-      delta += dot_row(g, branch_out, head_dim_);
     } else {
-      load_row(tensors_.dout.dtype, dout, head_dim_, 1.0f, g, head_dim_);
-      load_row(tensors_.out.dtype, cpu::row_at(tensors_.out, sequence_.batch, token, head_), head_dim_,
-               1.0f, scratch_.rows, head_dim_);
-      delta += dot_row(g, scratch_.rows, head_dim_);
-      if (problem_.out_scale != 1.0) {
-        const auto out_scale = static_cast<float>(problem_.out_scale);
-        std::transform(g, g + head_dim_, g, [out_scale](float x) { return out_scale * x; });
-      }
+      load_row(tensors_.out.dtype, cpu::row_at(tensors_.out, sequence_.batch, token, head_),
+               head_dim_, 1.0f, out, head_dim_);
     }
-    const bool has_keys = lse != -kInfinity;
-    scratch_.row_lse[slot] = has_keys ? lse : kInfinity;
-    scratch_.row_delta[slot] = has_keys ? delta : 0.0f;
+    const bool has_keys = sum.lse != -kInfinity;
+    scratch_.row_base[slot] = has_keys ? units_.base_of(sum.lse) : kInfinity;
+    scratch_.row_residual[slot] = has_keys ? sum.residual : 0.0f;
+    scratch_.row_delta[slot] = delta;
   }
 
-  /// Keys [first, last) that take part, as rows (K) and as columns (K, V); zeroes their gradient
-  /// tiles.
+  /// Keys [first, last) that take part, as rows (K) and as columns (K, out_scale V); zeroes their
+  /// gradient tiles.
   std::int64_t pack_keys(std::int64_t first, std::int64_t last) {
     std::size_t packed = 0;
     for (std::int64_t i = first; i < last; ++i) {
@@ -237,11 +253,9 @@ class BackwardSegment {
       if (!keys_(at)) {
         continue;
       }
-      float* const row = scratch_.key + packed * padded_;
-      load_row(problem_.dtype, cpu::row_at(tensors_.key, sequence_.batch, at, kv_head_),
-               head_dim_, 1.0f, row, padded_);
+      load_key(i, packed);
       load_row(problem_.dtype, cpu::row_at(tensors_.value, sequence_.batch, at, kv_head_),
-               head_dim_, 1.0f, scratch_.rows + packed * padded_, padded_);
+               head_dim_, out_scale_, scratch_.rows + packed * padded_, padded_);
       scratch_.key_row[packed++] = i;
     }
     // Lanes beyond the last key are computed and never read, but must stay finite.
@@ -252,6 +266,13 @@ class BackwardSegment {
     std::fill_n(scratch_.dkey_columns, head_dim_ * kTileLanes, 0.0f);
     std::fill_n(scratch_.dvalue_columns, head_dim_ * kTileLanes, 0.0f);
     return static_cast<std::int64_t>(packed);
+  }
+
+  /// Row `row` of the class as packed key `slot`.
+  void load_key(std::int64_t row, std::size_t slot) const {
+    load_row(problem_.dtype,
+             cpu::row_at(tensors_.key, sequence_.batch, key_span_.row(row), kv_head_), head_dim_,
+             1.0f, key_row(slot), padded_);
   }
 
   /// Adds rows [first, last) of the keys to the rows to prefetch.
@@ -271,56 +292,147 @@ class BackwardSegment {
     const auto rows = static_cast<std::size_t>(count);
     const auto keys = static_cast<std::size_t>(packed);
     const auto stride = static_cast<std::ptrdiff_t>(head_dim_);
-    const float* const query = scratch_.query + static_cast<std::size_t>(slot) * head_dim_;
-    const float* const dout = scratch_.dout + static_cast<std::size_t>(slot) * head_dim_;
+    const float* const query = query_row(slot);
+    const float* const dout = dout_row(slot);
     float* const probability = scratch_.probability;
     float* const dscore = scratch_.dscore;
 
     multiply(Broadcast{query, stride, 1}, rows, head_dim_, scratch_.key_columns, kTileLanes, keys,
              StoreAndPrefetch{{probability, kTileLanes}, &upcoming_});
-    exponentiate(rows, keys, scratch_.row_lse + slot);
+    exponentiate(rows, keys, slot);
     if (diagonal) {
-      hide_later_keys(first, rows, keys);
+      hide_later_keys(probability, first, rows, keys);
     }
     const float* const delta = scratch_.row_delta + slot;
     const Broadcast dout_rows{dout, stride, 1};
-    if (problem_.dropout_p > 0.0) {
+    const bool apart = diagonal && !tile_is_finite(slot, rows, keys);
+    if (problem_.dropout_p > 0.0 || apart) {
       multiply(dout_rows, rows, head_dim_, scratch_.value_columns, kTileLanes, keys,
                Store{dscore, kTileLanes});
-      drop(first, rows, keys, delta);
+      score_gradient(first, rows, keys, delta);
     } else {
       multiply(dout_rows, rows, head_dim_, scratch_.value_columns, kTileLanes, keys,
                StoreScoreGradient{dscore, probability, delta});
     }
+    if (apart) {
+      hide_later_keys(dscore, first, rows, keys);
+      add_seen_pairs(first, slot, rows, keys);
+      return;
+    }
+    add_products(slot, rows, keys);
+  }
+
+  /// dV += P^T g, dK += dS^T q, dQ += dS K.
+  void add_products(std::int64_t slot, std::size_t rows, std::size_t keys) {
+    const auto stride = static_cast<std::ptrdiff_t>(head_dim_);
+    const float* const query = query_row(slot);
+    const float* const dout = dout_row(slot);
+    float* const probability = scratch_.probability;
+    float* const dscore = scratch_.dscore;
     multiply(Broadcast{dout, 1, stride}, head_dim_, rows, probability, kTileLanes, keys,
              Accumulate{scratch_.dvalue_columns, kTileLanes});
     multiply(Broadcast{query, 1, stride}, head_dim_, rows, dscore, kTileLanes, keys,
              Accumulate{scratch_.dkey_columns, kTileLanes});
     multiply(Broadcast{dscore, kTileLanes, 1}, rows, keys, scratch_.key, padded_, head_dim_,
-             Accumulate{scratch_.dquery + static_cast<std::size_t>(slot) * padded_, padded_});
+             Accumulate{dquery_row(slot), padded_});
   }
 
-  /// P = e^(scale S - lse_row), at most 1 as lse_row is at least every score. The difference is
-  /// taken in natural units, before the factor log2(e): large scores cancel against lse_row without
-  /// a further rounding.
-  void exponentiate(std::size_t rows, std::size_t keys, const float* row_lse) const {
-    const FloatTag tag;
-    const FloatVector scale = hn::Set(tag, static_cast<float>(plan_.scale()));
-    const FloatVector log2e = hn::Set(tag, static_cast<float>(kLog2E));
+  float* query_row(std::int64_t slot) const {
+    return scratch_.query + static_cast<std::size_t>(slot) * head_dim_;
+  }
+  float* dout_row(std::int64_t slot) const {
+    return scratch_.dout + static_cast<std::size_t>(slot) * head_dim_;
+  }
+  float* dquery_row(std::int64_t slot) const {
+    return scratch_.dquery + static_cast<std::size_t>(slot) * padded_;
+  }
+  float* key_row(std::size_t key) const { return scratch_.key + key * padded_; }
+
+  bool query_is_finite(std::int64_t slot) const {
+    return is_finite(query_row(slot), head_dim_) && is_finite(dout_row(slot), head_dim_);
+  }
+  bool key_is_finite(std::size_t key) const { return is_finite(key_row(key), head_dim_); }
+
+  /// Whether products over a tile on the diagonal may weigh hidden pairs by zero.
+  bool tile_is_finite(std::int64_t slot, std::size_t rows, std::size_t keys) const {
+    return is_finite(query_row(slot), rows * head_dim_) &&
+           is_finite(dout_row(slot), rows * head_dim_) &&
+           is_finite(scratch_.row_delta + slot, rows) && is_finite(scratch_.key, keys * padded_) &&
+           is_finite(scratch_.value_columns, head_dim_ * kTileLanes);
+  }
+
+  /// The products of a tile on the diagonal that holds numbers that are not finite: these must
+  /// reach what sees them, and 0 * NaN nothing else. Their rows leave the products and are added
+  /// pair by pair.
+  void add_seen_pairs(std::int64_t first, std::int64_t slot, std::size_t rows, std::size_t keys) {
+    std::vector<std::size_t> bad_rows;
+    std::vector<std::size_t> bad_keys;
     for (std::size_t i = 0; i < rows; ++i) {
-      float* const row = scratch_.probability + i * kTileLanes;
-      const FloatVector lse = hn::Set(tag, row_lse[i]);
-      for (std::size_t k = 0; k < keys; k += kVectorFloats) {
-        const FloatVector x = hn::MulSub(scale, hn::LoadU(tag, row + k), lse);
-        hn::StoreU(exp2_at_most_one(hn::Mul(x, log2e)), tag, row + k);
+      const std::int64_t at = slot + static_cast<std::int64_t>(i);
+      if (!query_is_finite(at)) {
+        bad_rows.push_back(i);
+        std::fill_n(query_row(at), head_dim_, 0.0f);
+        std::fill_n(dout_row(at), head_dim_, 0.0f);
+      }
+    }
+    for (std::size_t k = 0; k < keys; ++k) {
+      if (!key_is_finite(k)) {
+        bad_keys.push_back(k);
+        std::fill_n(key_row(k), head_dim_, 0.0f);
+      }
+    }
+    add_products(slot, rows, keys);
+    for (const std::size_t k : bad_keys) {
+      load_key(scratch_.key_row[k], k);
+    }
+    for (const std::size_t i : bad_rows) {
+      const std::int64_t row = first + static_cast<std::int64_t>(i);
+      pack_queries(row, row + 1, slot + static_cast<std::int64_t>(i));
+    }
+    for (std::size_t k = 0; k < keys; ++k) {
+      for (const std::size_t i : bad_rows) {
+        if (scratch_.key_row[k] <= first + static_cast<std::int64_t>(i)) {
+          const std::int64_t at = slot + static_cast<std::int64_t>(i);
+          const float p = scratch_.probability[i * kTileLanes + k];
+          const float ds = scratch_.dscore[i * kTileLanes + k];
+          for (std::size_t c = 0; c < head_dim_; ++c) {
+            scratch_.dvalue_columns[c * kTileLanes + k] += p * dout_row(at)[c];
+            scratch_.dkey_columns[c * kTileLanes + k] += ds * query_row(at)[c];
+          }
+        }
+      }
+    }
+    for (const std::size_t k : bad_keys) {
+      for (std::size_t i = 0; i < rows; ++i) {
+        if (scratch_.key_row[k] <= first + static_cast<std::int64_t>(i)) {
+          add_row(key_row(k), scratch_.dscore[i * kTileLanes + k], head_dim_,
+                  dquery_row(slot + static_cast<std::int64_t>(i)));
+        }
       }
     }
   }
 
-  /// Causal mask of a tile on the diagonal.
-  void hide_later_keys(std::int64_t first, std::size_t rows, std::size_t keys) const {
+  /// P = 2^(f (S - base) - residual), at most 1 as lse_row is at least every score. Product and
+  /// difference are rounded one by one, as in the residual itself.
+  void exponentiate(std::size_t rows, std::size_t keys, std::int64_t slot) const {
+    const FloatTag tag;
+    const FloatVector factor = hn::Set(tag, units_.factor());
     for (std::size_t i = 0; i < rows; ++i) {
       float* const row = scratch_.probability + i * kTileLanes;
+      const FloatVector base = hn::Set(tag, scratch_.row_base[slot + static_cast<std::int64_t>(i)]);
+      const FloatVector residual =
+          hn::Set(tag, scratch_.row_residual[slot + static_cast<std::int64_t>(i)]);
+      for (std::size_t k = 0; k < keys; k += kVectorFloats) {
+        const FloatVector x = hn::Mul(factor, hn::Sub(hn::LoadU(tag, row + k), base));
+        hn::StoreU(exp2_at_most_one(hn::Sub(x, residual)), tag, row + k);
+      }
+    }
+  }
+
+  /// Causal mask of a tile on the diagonal: 0 where the key is later.
+  void hide_later_keys(float* tile, std::int64_t first, std::size_t rows, std::size_t keys) const {
+    for (std::size_t i = 0; i < rows; ++i) {
+      float* const row = tile + i * kTileLanes;
       const std::int64_t* const end = scratch_.key_row + keys;
       const std::int64_t* const hidden =
           std::upper_bound(static_cast<const std::int64_t*>(scratch_.key_row), end,
@@ -329,18 +441,22 @@ class BackwardSegment {
     }
   }
 
-  /// dS = P (keep (g.v) - delta), then P := keep P; `dscore` holds g.v on entry.
-  void drop(std::int64_t first, std::size_t rows, std::size_t keys, const float* delta) const {
+  /// dS = P (keep (g.v) - delta), then P := keep P; `dscore` holds g.v on entry. keep is 1 without
+  /// dropout.
+  void score_gradient(std::int64_t first, std::size_t rows, std::size_t keys,
+                      const float* delta) const {
     const std::int64_t* const state = tensors_.masks.dropout_state;
+    const bool drops = problem_.dropout_p > 0.0;
     const Dropout dropout(
-        problem_.dropout_p, static_cast<std::uint64_t>(state[0]),
-        static_cast<std::uint64_t>(state[1]),
+        problem_.dropout_p, drops ? static_cast<std::uint64_t>(state[0]) : 0,
+        drops ? static_cast<std::uint64_t>(state[1]) : 0,
         dropout_stream(static_cast<std::int64_t>(sequence_index_), problem_.head_offset + head_,
                        problem_.all_heads(), branch_, problem_.branches.size()));
     for (std::size_t i = 0; i < rows; ++i) {
       const std::int64_t query = position(first + static_cast<std::int64_t>(i));
       for (std::size_t k = 0; k < keys; ++k) {
-        const auto keep = static_cast<float>(dropout(query, position(scratch_.key_row[k])));
+        const float keep =
+            drops ? static_cast<float>(dropout(query, position(scratch_.key_row[k]))) : 1.0f;
         float& p = scratch_.probability[i * kTileLanes + k];
         float& ds = scratch_.dscore[i * kTileLanes + k];
         ds = p * (keep * ds - delta[i]);
@@ -351,7 +467,7 @@ class BackwardSegment {
 
   void add_key_gradients(std::int64_t packed) const {
     const auto keys = static_cast<std::size_t>(packed);
-    const auto scale = static_cast<float>(plan_.scale());
+    const float scale = units_.magnitude();  // packed queries have its sign
     transpose(scratch_.dkey_columns, kTileLanes, head_dim_, keys, scratch_.rows, padded_);
     for (std::size_t k = 0; k < keys; ++k) {
       add_row(scratch_.rows + k * padded_, scale, head_dim_,
@@ -359,7 +475,7 @@ class BackwardSegment {
     }
     transpose(scratch_.dvalue_columns, kTileLanes, head_dim_, keys, scratch_.rows, padded_);
     for (std::size_t k = 0; k < keys; ++k) {
-      add_row(scratch_.rows + k * padded_, 1.0f, head_dim_,
+      add_row(scratch_.rows + k * padded_, out_scale_, head_dim_,
               gradient_row(gradients_.dvalue, key_span_.row(scratch_.key_row[k]), kv_head_));
     }
   }
@@ -369,6 +485,8 @@ class BackwardSegment {
   const BackwardTensors& tensors_;
   const Gradients& gradients_;
   const BackwardScratch& scratch_;
+  cpu::ScoreUnits units_;
+  float out_scale_;
   std::size_t branch_;
   std::size_t sequence_index_;
   const Sequence& sequence_;
@@ -388,8 +506,8 @@ class BackwardSegment {
 /// Contiguous float32 view like `like`, from `memory` on; moves `memory` behind it.
 TensorView take_float_view(const TensorView& like, std::byte*& memory) {
   const std::int64_t token = like.shape[2] * like.shape[3];
-  const TensorView view = {memory, DType::kFloat32, like.shape,
-                           {like.shape[1] * token, token, like.shape[3], 1}};
+  const TensorView view = {
+      memory, DType::kFloat32, like.shape, {like.shape[1] * token, token, like.shape[3], 1}};
   memory += like.shape[0] * like.shape[1] * token * static_cast<std::int64_t>(sizeof(float));
   return view;
 }

@@ -1,7 +1,7 @@
 // Forward on the CPU (semantics §4): one work item is a block of consecutive query rows of one
 // head. Per branch, in ascending segment order, its rows of one class meet their keys in tiles,
 // with vectors along the queries:
-//   S = K (scale log2(e) Q^T),  P = 2^(S - max),  acc = acc 2^(old max - max) + V^T P,
+//   S = K Q^T,  P = 2^(f (S - max)),  acc = acc 2^(f (old max - max)) + V^T P,  f = scale log2(e),
 // so that K and V enter by broadcast and need no transposition, the softmax needs no horizontal
 // operation, and no head_dim wastes lanes. Then (O_b, l_b) is merged into the block's rows. Each
 // row is computed in its own lane: its bits depend neither on the block, nor on its neighbours, nor
@@ -17,6 +17,7 @@
 #include "src/kernels/cpu/attention.h"
 #include "src/kernels/cpu/decision.h"
 #include "src/kernels/cpu/key_filter.h"
+#include "src/kernels/cpu/score_units.h"
 #include "src/kernels/cpu/scratch.h"
 #include "src/kernels/cpu/work_items.h"
 #include "src/merge.h"
@@ -36,7 +37,6 @@ namespace {
 
 using cpu::ForwardScratch;
 using cpu::kForwardKeys;
-constexpr float kLn2 = 0.6931471805599453f;
 
 /// At most forward_chunk query rows of one class, and the keys of that class.
 struct Piece {
@@ -48,9 +48,7 @@ struct Piece {
   RowSpan queries;
   RowSpan keys;
 
-  std::int64_t position(std::int64_t row) const {
-    return geometry.position(segment, offset, row);
-  }
+  std::int64_t position(std::int64_t row) const { return geometry.position(segment, offset, row); }
 };
 
 /// Rows [first, first + rows) of a piece's class, at most 64: the `index`-th tile of the piece.
@@ -70,6 +68,7 @@ class ForwardBlock {
         decision_(static_cast<const cpu::CpuDecision&>(plan.decision())),
         tensors_(tensors),
         scratch_(scratch),
+        units_(plan.scale()),
         sequence_index_(item.sequence),
         whole_(plan.sequences()[item.sequence]),
         sequence_(tensors.masks.seqused == nullptr
@@ -88,7 +87,8 @@ class ForwardBlock {
   void run() {
     const auto rows = static_cast<std::size_t>(block_.size());
     std::fill_n(scratch_.state_out, rows * padded_, 0.0f);
-    std::fill_n(scratch_.state_lse, rows, kMinusInfinity);
+    std::fill_n(scratch_.state_max, rows, kMinusInfinity);
+    std::fill_n(scratch_.state_sum, rows, 0.0f);
     if (used_.size() > 0) {
       const std::size_t branches = decision_.branch_order.size();
       Piece piece = find_piece(0, 0, 0);
@@ -127,8 +127,8 @@ class ForwardBlock {
     return scratch_.sums + tile * kTileLanes * problem_.head_dim;
   }
 
-  /// First non-empty piece from row `row` of segment `segment` of branch order[rank] on; rank = number
-  /// of branches if none is left.
+  /// First non-empty piece from row `row` of segment `segment` of branch order[rank] on; rank =
+  /// number of branches if none is left.
   Piece find_piece(std::size_t rank, std::int64_t segment, std::int64_t row) const {
     const std::vector<std::size_t>& order = decision_.branch_order;
     for (; rank < order.size(); ++rank, segment = row = 0) {
@@ -144,8 +144,13 @@ class ForwardBlock {
         queries.first = std::max(queries.first, row);
         if (!queries.empty()) {
           queries.last = std::min(queries.last, queries.first + decision_.forward_chunk);
-          return {rank,    branch, geometry, segment,
-                  offset,  queries, geometry.span(segment, offset, sequence_.keys, sequence_.key_row)};
+          return {rank,
+                  branch,
+                  geometry,
+                  segment,
+                  offset,
+                  queries,
+                  geometry.span(segment, offset, sequence_.keys, sequence_.key_row)};
         }
       }
     }
@@ -220,14 +225,13 @@ class ForwardBlock {
     }
   }
 
-  /// Queries of one tile as columns, times scale * log2(e), and the empty softmax state.
+  /// Queries of one tile as columns, and the empty softmax state.
   void pack_queries(const Piece& piece, const Tile& tile) {
-    const auto factor = static_cast<float>(plan_.scale() * kLog2E);
     for (std::int64_t i = 0; i < tile.rows; ++i) {
-      load_row(problem_.dtype,
-               cpu::row_at(tensors_.query, sequence_.batch, piece.queries.row(tile.first + i),
-                           head_),
-               head_dim_, factor, scratch_.rows + static_cast<std::size_t>(i) * padded_, padded_);
+      load_row(
+          problem_.dtype,
+          cpu::row_at(tensors_.query, sequence_.batch, piece.queries.row(tile.first + i), head_),
+          head_dim_, units_.sign(), scratch_.rows + static_cast<std::size_t>(i) * padded_, padded_);
     }
     // Lanes beyond the last row are computed and never read, but must stay finite.
     std::fill(scratch_.rows + static_cast<std::size_t>(tile.rows) * padded_,
@@ -238,7 +242,8 @@ class ForwardBlock {
     std::fill_n(scratch_.row_sum + tile.index * kTileLanes, kTileLanes, 0.0f);
   }
 
-  /// Keys [first, last) of a class that take part; masked ones are left out, not multiplied by zero.
+  /// Keys [first, last) of a class that take part; masked ones are left out, not multiplied by
+  /// zero.
   std::int64_t pack_keys(const RowSpan& span, std::int64_t first, std::int64_t last) {
     std::size_t packed = 0;
     for (std::int64_t i = first; i < last; ++i) {
@@ -263,12 +268,13 @@ class ForwardBlock {
     float* const score = scratch_.score;
     const ScoreTile score_tile{score, scratch_.tile_max, scratch_.rescale};
     std::fill_n(scratch_.tile_max, kTileLanes, kMinusInfinity);
-    multiply(Broadcast{scratch_.key, stride, 1}, keys, head_dim_, query_tile(tile.index), kTileLanes,
-             lanes, StoreScores{score, scratch_.tile_max, &upcoming_});
-    if (problem_.is_causal && scratch_.key_row[visible - 1] > tile.first) {
+    multiply(Broadcast{scratch_.key, stride, 1}, keys, head_dim_, query_tile(tile.index),
+             kTileLanes, lanes, StoreScores{score, scratch_.tile_max, &upcoming_});
+    const bool diagonal = problem_.is_causal && scratch_.key_row[visible - 1] > tile.first;
+    if (diagonal) {
       hide_later_keys(score_tile, scratch_.key_row, tile.first, keys, lanes);
     }
-    softmax(score_tile, keys, lanes, scratch_.row_max + tile.index * kTileLanes,
+    softmax(score_tile, units_.factor(), keys, lanes, scratch_.row_max + tile.index * kTileLanes,
             scratch_.row_sum + tile.index * kTileLanes);
     if (problem_.dropout_p > 0.0) {
       const std::int64_t* const state = tensors_.masks.dropout_state;
@@ -285,8 +291,44 @@ class ForwardBlock {
         }
       }
     }
-    multiply(Broadcast{scratch_.value, 1, stride}, head_dim_, keys, score, kTileLanes, lanes,
-             RescaleAndAdd{sums_tile(tile.index), scratch_.rescale});
+    const auto add_values = [&] {
+      multiply(Broadcast{scratch_.value, 1, stride}, head_dim_, keys, score, kTileLanes, lanes,
+               RescaleAndAdd{sums_tile(tile.index), scratch_.rescale});
+    };
+    if (diagonal && !is_finite(scratch_.value, keys * head_dim_)) {
+      add_seen_values(piece, tile, keys, add_values);
+    } else {
+      add_values();
+    }
+  }
+
+  /// Values that are not finite must reach the queries that see them, and 0 * NaN no other: they
+  /// leave the product and are added row by row.
+  template <typename AddValues>
+  void add_seen_values(const Piece& piece, const Tile& tile, std::size_t keys,
+                       const AddValues& add_values) {
+    const auto value = [&](std::size_t k) { return scratch_.value + k * head_dim_; };
+    std::vector<std::size_t> apart;
+    for (std::size_t k = 0; k < keys; ++k) {
+      if (!is_finite(value(k), head_dim_)) {
+        apart.push_back(k);
+        std::fill_n(value(k), head_dim_, 0.0f);
+      }
+    }
+    add_values();
+    for (const std::size_t k : apart) {
+      load_row(problem_.dtype,
+               cpu::row_at(tensors_.value, sequence_.batch, piece.keys.row(scratch_.key_row[k]),
+                           kv_head_),
+               head_dim_, 1.0f, value(k), head_dim_);
+      for (std::int64_t i = std::max<std::int64_t>(scratch_.key_row[k] - tile.first, 0);
+           i < tile.rows; ++i) {
+        const float p = scratch_.score[static_cast<std::int64_t>(k) * kTileLanes + i];
+        for (std::size_t c = 0; c < head_dim_; ++c) {
+          sums_tile(tile.index)[c * kTileLanes + static_cast<std::size_t>(i)] += p * value(k)[c];
+        }
+      }
+    }
   }
 
   /// Adds phantom keys, normalises one tile and merges (O_b, l_b) into the block's rows.
@@ -300,41 +342,40 @@ class ForwardBlock {
     transpose(sums_tile(tile.index), kTileLanes, head_dim_, static_cast<std::size_t>(tile.rows),
               scratch_.rows, padded_);
     for (std::int64_t i = 0; i < tile.rows; ++i) {
-      float factor = 0.0f;
-      float lse = kMinusInfinity;
-      if (phantoms > 0) {
-        const float top = std::max(row_max[i], 0.0f);
-        const float shrink = std::exp2(row_max[i] - top);
-        const float sum = row_sum[i] * shrink + static_cast<float>(phantoms) * std::exp2(-top);
-        factor = shrink / sum;
-        lse = top * kLn2 + std::log(sum);
-      } else if (row_max[i] != kMinusInfinity) {
-        factor = 1.0f / row_sum[i];
-        lse = row_max[i] * kLn2 + std::log(row_sum[i]);
+      ScaledSum<float> sum{row_max[i], row_sum[i]};
+      float shrink = 1.0f;
+      if (phantoms > 0) {  // keys of score 0
+        const float top = std::max(sum.max, 0.0f);
+        shrink = units_.power(sum.max - top);
+        sum = {top, sum.sum * shrink + static_cast<float>(phantoms) * units_.power(-top)};
       }
+      const float factor = sum.max == kMinusInfinity ? 0.0f : shrink / sum.sum;
       float* const row = scratch_.rows + static_cast<std::size_t>(i) * padded_;
       std::transform(row, row + head_dim_, row, [factor](float x) { return factor * x; });
       std::fill(row + head_dim_, row + padded_, 0.0f);
-      merge(piece.position(tile.first + i) - block_.begin, row, lse);
+      merge(piece.position(tile.first + i) - block_.begin, row, sum);
       if (tensors_.branch_out.defined()) {
         const std::int64_t at = plan_.branch_row_begin(piece.branch, sequence_index_) +
                                 geometry.slot(piece.segment, tile.first + i) -
                                 geometry.first_slot(sequence_.queries.begin);
-        const TensorView& out = tensors_.branch_out;
         std::copy_n(row, head_dim_,
-                    static_cast<float*>(out.data) + sequence_.batch * out.strides[0] +
-                        head_ * out.strides[1] + at * out.strides[2]);
-        cpu::item_at(tensors_.branch_lse, sequence_.batch, head_, at) = lse;
+                    cpu::saved_row(tensors_.branch_out, sequence_.batch, head_, at));
+        const cpu::LogSum saved = units_.log_sum(sum);
+        float* const pair = cpu::saved_row(tensors_.branch_lse, sequence_.batch, head_, at);
+        pair[0] = saved.lse;
+        pair[1] = saved.residual;
       }
     }
   }
 
-  void merge(std::int64_t row, const float* branch_row, float branch_lse) {
+  void merge(std::int64_t row, const float* branch_row, const ScaledSum<float>& branch_sum) {
     float* const out = scratch_.state_out + static_cast<std::size_t>(row) * padded_;
-    const MergeWeights<float> weights = merge_weights(scratch_.state_lse[row], branch_lse);
-    scratch_.state_lse[row] = weights.lse;
+    const ScaledSum<float> state{scratch_.state_max[row], scratch_.state_sum[row]};
+    const auto merged = merge_sums(state, branch_sum, [this](float x) { return units_.power(x); });
+    scratch_.state_max[row] = merged.total.max;
+    scratch_.state_sum[row] = merged.total.sum;
     if (problem_.merge == Merge::kLse) {
-      blend_row(weights.first, weights.second, branch_row, padded_, out);
+      blend_row(merged.first, merged.second, branch_row, padded_, out);
     } else {
       blend_row(1.0f, 1.0f, branch_row, padded_, out);
     }
@@ -347,8 +388,8 @@ class ForwardBlock {
       float factor = out_scale;
       if (problem_.merge == Merge::kMean && p < used_.end) {
         // A row that no branch covers is zero anyway.
-        factor /=
-            static_cast<float>(std::max(1, covering_branches(problem_, sequence_.length, head_, p)));
+        factor /= static_cast<float>(
+            std::max(1, covering_branches(problem_, sequence_.length, head_, p)));
       }
       if (factor != 1.0f) {
         for (std::size_t c = 0; c < head_dim_; ++c) {
@@ -357,8 +398,12 @@ class ForwardBlock {
       }
       store_row(tensors_.out.dtype, row, head_dim_,
                 cpu::row_at(tensors_.out, sequence_.batch, row_of(p), head_));
-      cpu::item_at(tensors_.lse, sequence_.batch, head_, row_of(p)) =
-          scratch_.state_lse[p - block_.begin];
+      const cpu::LogSum sum = units_.log_sum(
+          {scratch_.state_max[p - block_.begin], scratch_.state_sum[p - block_.begin]});
+      cpu::item_at(tensors_.lse, sequence_.batch, head_, row_of(p)) = sum.lse;
+      if (tensors_.lse_residual.defined()) {
+        cpu::item_at(tensors_.lse_residual, sequence_.batch, head_, row_of(p)) = sum.residual;
+      }
     }
   }
 
@@ -367,6 +412,7 @@ class ForwardBlock {
   const cpu::CpuDecision& decision_;
   const ForwardTensors& tensors_;
   const ForwardScratch& scratch_;
+  cpu::ScoreUnits units_;
   std::size_t sequence_index_;
   const Sequence& whole_;
   Sequence sequence_;  // as far as it is used
@@ -385,12 +431,11 @@ void clear_unused_branch_rows(const Plan& plan, const ForwardTensors& tensors, s
                               std::int64_t head) {
   const Problem& problem = plan.problem();
   const auto clear = [&](std::int64_t first, std::int64_t last) {
-    const TensorView& out = tensors.branch_out;
     for (std::int64_t row = first; row < last; ++row) {
-      std::fill_n(static_cast<float*>(out.data) + batch * out.strides[0] + head * out.strides[1] +
-                      row * out.strides[2],
-                  problem.head_dim, 0.0f);
-      cpu::item_at(tensors.branch_lse, batch, head, row) = kMinusInfinity;
+      std::fill_n(cpu::saved_row(tensors.branch_out, batch, head, row), problem.head_dim, 0.0f);
+      float* const pair = cpu::saved_row(tensors.branch_lse, batch, head, row);
+      pair[0] = kMinusInfinity;
+      pair[1] = 0.0f;
     }
   };
   const std::size_t sequences = plan.sequences().size();

@@ -16,8 +16,6 @@
 HWY_BEFORE_NAMESPACE();
 namespace dilated::HWY_NAMESPACE {
 
-inline constexpr double kLog2E = 1.4426950408889634;
-
 /// `x` is known to be <= 0 (or NaN, which comes out as NaN on x86).
 HWY_INLINE FloatVector exp2_of_nonpositive(FloatVector x) {
   const FloatTag tag;

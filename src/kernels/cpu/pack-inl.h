@@ -18,8 +18,8 @@
 
 #include "dilated/tensor_view.h"
 
-#include "src/kernels/cpu/gemm-inl.h"
 #include "src/half.h"
+#include "src/kernels/cpu/gemm-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace dilated::HWY_NAMESPACE {
@@ -202,19 +202,54 @@ HWY_INLINE void blend_row(float a, float b, const float* x, std::size_t count, f
   }
 }
 
-/// Sum of x[c] * y[c].
-HWY_INLINE float dot_row(const float* x, const float* y, std::size_t count) {
+/// No infinity, no NaN among count numbers.
+HWY_INLINE bool is_finite(const float* x, std::size_t count) {
   const FloatTag tag;
-  FloatVector sum = hn::Zero(tag);
+  FloatVector sum = hn::Zero(tag);  // 0 times anything finite is 0
   std::size_t c = 0;
   for (; c + kVectorFloats <= count; c += kVectorFloats) {
-    sum = hn::MulAdd(hn::LoadU(tag, x + c), hn::LoadU(tag, y + c), sum);
+    sum = hn::MulAdd(hn::LoadU(tag, x + c), hn::Zero(tag), sum);
   }
   float total = hn::GetLane(hn::SumOfLanes(tag, sum));
   for (; c < count; ++c) {
-    total += x[c] * y[c];
+    total += 0.0f * x[c];
   }
-  return total;
+  return total == 0.0f;
+}
+
+/// dots[r] = sum over c of x[r][c] * y[r][c], added in the order of `multiply`: where y is a row of
+/// that product's other operand, the bits are the same. Eight rows at once hide the latency.
+HWY_INLINE void dot_rows(const float* x, std::size_t x_stride, const float* y, std::size_t y_stride,
+                         std::size_t rows, std::size_t count, float* dots) {
+  const hn::CappedTag<float, 1> one;
+  constexpr std::size_t kRows = 8;
+  for (std::size_t first = 0; first < rows; first += kRows) {
+    const std::size_t last = std::min(first + kRows, rows);
+    hn::Vec<decltype(one)> sum[kRows];
+    for (std::size_t r = 0; r < kRows; ++r) {
+      sum[r] = hn::Zero(one);
+    }
+    if (last - first == kRows) {
+      const float* a = x + first * x_stride;
+      const float* b = y + first * y_stride;
+      for (std::size_t c = 0; c < count; ++c) {
+        for (std::size_t r = 0; r < kRows; ++r) {
+          sum[r] = hn::MulAdd(hn::LoadU(one, a + r * x_stride + c),
+                              hn::LoadU(one, b + r * y_stride + c), sum[r]);
+        }
+      }
+    } else {
+      for (std::size_t r = first; r < last; ++r) {
+        for (std::size_t c = 0; c < count; ++c) {
+          sum[r - first] = hn::MulAdd(hn::LoadU(one, x + r * x_stride + c),
+                                      hn::LoadU(one, y + r * y_stride + c), sum[r - first]);
+        }
+      }
+    }
+    for (std::size_t r = first; r < last; ++r) {
+      dots[r] = hn::GetLane(sum[r - first]);
+    }
+  }
 }
 
 }  // namespace dilated::HWY_NAMESPACE

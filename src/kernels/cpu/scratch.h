@@ -50,10 +50,11 @@ class Carver {
 /// T = rows of a work item, C = rows of one class at a time, d = head_dim, e = padded_head_dim.
 struct ForwardScratch {
   float* state_out;       // (T, e) merged output of the block
-  float* state_lse;       // (T) merged log-sum-exp, natural
-  float* query;           // (C / 64, d, 64) packed, times scale * log2(e)
+  float* state_max;       // (T) merged maximum of q.k
+  float* state_sum;       // (T) merged sum of powers of 2
+  float* query;           // (C / 64, d, 64) packed, with the sign of scale
   float* sums;            // (C / 64, d, 64) unnormalised output of one branch
-  float* row_max;         // (C) running maximum, base 2
+  float* row_max;         // (C) running maximum of q.k
   float* row_sum;         // (C)
   float* key;             // (kForwardKeys, d)
   float* value;           // (kForwardKeys, d)
@@ -66,7 +67,8 @@ struct ForwardScratch {
   ForwardScratch(Carver& carver, std::int64_t t, std::int64_t c, std::int64_t d) {
     const std::int64_t e = padded_head_dim(d);
     state_out = carver.take<float>(t * e);
-    state_lse = carver.take<float>(t);
+    state_max = carver.take<float>(t);
+    state_sum = carver.take<float>(t);
     query = carver.take<float>(c * d);
     sums = carver.take<float>(c * d + 4 * kTileLanes);  // `transpose` reads whole blocks of 4 rows
     row_max = carver.take<float>(c);
@@ -83,15 +85,16 @@ struct ForwardScratch {
 
 /// C = query rows of a chunk, d = head_dim, e = padded_head_dim.
 struct BackwardScratch {
-  float* query;           // (C, d)
-  float* dout;            // (C, d) g = out_scale * dout
+  float* query;           // (C, d) with the sign of scale, as in forward
+  float* dout;            // (C, d)
   float* dquery;          // (C, e) without the factor scale
-  float* row_lse;         // (C) lse_row; +inf for rows that contribute nothing
+  float* row_base;        // (C) of lse_row; +inf for rows that contribute nothing
+  float* row_residual;    // (C) of lse_row
   float* row_delta;       // (C)
   float* key;             // (64, e)
   float* key_columns;     // (d, 64)
   float* value_columns;   // (d, 64)
-  float* dkey_columns;    // (d, 64) without the factor scale
+  float* dkey_columns;    // (d, 64) without the factor |scale|
   float* dvalue_columns;  // (d, 64)
   std::int64_t* key_row;  // (64) packed index of each packed key
   float* probability;     // (kBackwardRows, 64)
@@ -103,7 +106,8 @@ struct BackwardScratch {
     query = carver.take<float>(c * d);
     dout = carver.take<float>(c * d);
     dquery = carver.take<float>(c * e);
-    row_lse = carver.take<float>(c);
+    row_base = carver.take<float>(c);
+    row_residual = carver.take<float>(c);
     row_delta = carver.take<float>(c);
     key = carver.take<float>(kTileLanes * e);
     key_columns = carver.take<float>(kTileLanes * d);

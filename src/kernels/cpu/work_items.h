@@ -17,7 +17,8 @@ struct Item {
   std::int64_t part = 0;
 };
 
-/// Numbers all (sequence, head, part), where `parts(sequence)` is the number of parts of a sequence.
+/// Numbers all (sequence, head, part), where `parts(sequence)` is the number of parts of a
+/// sequence.
 template <typename Parts>
 class ItemRange {
  public:

@@ -107,7 +107,8 @@ void attention_backward(const Plan& plan, const BackwardTensors& tensors, const 
         }
       }
       for (std::int64_t row = 0; row < keys; ++row) {
-        Element* dkey = row_at<Element>(tensors.dkey, sequence.batch, sequence.key_row + row, kv_head);
+        Element* dkey =
+            row_at<Element>(tensors.dkey, sequence.batch, sequence.key_row + row, kv_head);
         Element* dvalue =
             row_at<Element>(tensors.dvalue, sequence.batch, sequence.key_row + row, kv_head);
         for (std::int64_t c = 0; c < d; ++c) {
@@ -116,14 +117,15 @@ void attention_backward(const Plan& plan, const BackwardTensors& tensors, const 
         }
       }
     };
-    hand_out(*context.parallel_for, sequences * problem.num_kv_heads, [&](std::int64_t begin, std::int64_t end, int thread) {
-          double* scratch = reinterpret_cast<double*>(context.workspace.data()) +
-                            static_cast<std::int64_t>(thread) * backward_doubles(plan);
-          for (std::int64_t item = begin; item < end; ++item) {
-            one_head(static_cast<std::size_t>(item / problem.num_kv_heads),
-                     item % problem.num_kv_heads, scratch);
-          }
-        });
+    hand_out(*context.parallel_for, sequences * problem.num_kv_heads,
+             [&](std::int64_t begin, std::int64_t end, int thread) {
+               double* scratch = reinterpret_cast<double*>(context.workspace.data()) +
+                                 static_cast<std::int64_t>(thread) * backward_doubles(plan);
+               for (std::int64_t item = begin; item < end; ++item) {
+                 one_head(static_cast<std::size_t>(item / problem.num_kv_heads),
+                          item % problem.num_kv_heads, scratch);
+               }
+             });
   });
 }
 

@@ -33,6 +33,10 @@ class Forward {
     }
     item_at<Element>(tensors_.lse, sequence.batch, head, sequence.query_row + at) =
         static_cast<Element>(row.lse);
+    if (tensors_.lse_residual.defined()) {  // backward recomputes everything in double
+      item_at<Element>(tensors_.lse_residual, sequence.batch, head, sequence.query_row + at) =
+          Element(0);
+    }
     if (tensors_.branch_out.defined()) {
       save_branches(sequence_index, sequence, head, p, row);
     }
@@ -43,7 +47,7 @@ class Forward {
     for (std::int64_t row = 0; row < plan_.branch_rows(); ++row) {
       std::fill_n(row_at<Element>(tensors_.branch_out, batch, head, row), problem_.head_dim,
                   Element(0));
-      item_at<Element>(tensors_.branch_lse, batch, head, row) = kAbsentLse<Element>;
+      save_lse(batch, head, row, kAbsentLse<Element>);
     }
   }
 
@@ -60,9 +64,14 @@ class Forward {
       for (std::size_t c = 0; c < terms.out.size(); ++c) {
         branch_out[c] = static_cast<Element>(terms.out[c]);
       }
-      item_at<Element>(tensors_.branch_lse, sequence.batch, head, slot) =
-          static_cast<Element>(terms.lse);
+      save_lse(sequence.batch, head, slot, static_cast<Element>(terms.lse));
     }
+  }
+
+  void save_lse(std::int64_t batch, std::int64_t head, std::int64_t row, Element lse) const {
+    Element* const pair = row_at<Element>(tensors_.branch_lse, batch, head, row);
+    pair[0] = lse;
+    pair[1] = Element(0);
   }
 
   const Plan& plan_;
@@ -79,21 +88,20 @@ void attention_forward(const Plan& plan, const ForwardTensors& tensors, const Co
     const Forward<Element> pass(plan, tensors);
     if (tensors.branch_out.defined()) {
       hand_out(*context.parallel_for, problem.batch * problem.num_heads,
-                                [&](std::int64_t begin, std::int64_t end, int /*thread*/) {
-                                  for (std::int64_t item = begin; item < end; ++item) {
-                                    pass.clear_branches(item / problem.num_heads,
-                                                        item % problem.num_heads);
-                                  }
-                                });
+               [&](std::int64_t begin, std::int64_t end, int /*thread*/) {
+                 for (std::int64_t item = begin; item < end; ++item) {
+                   pass.clear_branches(item / problem.num_heads, item % problem.num_heads);
+                 }
+               });
     }
     for (std::size_t s = 0; s < plan.sequences().size(); ++s) {
       const std::int64_t rows = plan.sequences()[s].queries.size();
       hand_out(*context.parallel_for, problem.num_heads * rows,
-                                [&](std::int64_t begin, std::int64_t end, int /*thread*/) {
-                                  for (std::int64_t item = begin; item < end; ++item) {
-                                    pass.write(s, item / rows, item % rows);
-                                  }
-                                });
+               [&](std::int64_t begin, std::int64_t end, int /*thread*/) {
+                 for (std::int64_t item = begin; item < end; ++item) {
+                   pass.write(s, item / rows, item % rows);
+                 }
+               });
     }
   });
 }

@@ -108,9 +108,8 @@ class Definition {
  private:
   bool key_takes_part(std::int64_t batch, std::int64_t row) const {
     const auto& mask = masks_.key_mask;
-    return !mask.defined() ||
-           static_cast<const std::uint8_t*>(
-               mask.data)[batch * mask.strides[0] + row * mask.strides[1]] != 0;
+    return !mask.defined() || static_cast<const std::uint8_t*>(
+                                  mask.data)[batch * mask.strides[0] + row * mask.strides[1]] != 0;
   }
 
   double merge_weight(const Row& row, double branch_lse) const {
@@ -139,8 +138,8 @@ class Definition {
     const Problem& problem = plan_.problem();
     const std::int64_t offset = problem.branches[b].offsets[static_cast<std::size_t>(head)];
     const std::int64_t segment = p / geometry.segment;
-    const Element* q = row_at<Element>(
-        query_, sequence.batch, sequence.query_row + p - sequence.queries.begin, head);
+    const Element* q = row_at<Element>(query_, sequence.batch,
+                                       sequence.query_row + p - sequence.queries.begin, head);
     BranchTerms result{b, kAbsentLse<double>, {}, {}, 0.0};
 
     double top = kAbsentLse<double>;
