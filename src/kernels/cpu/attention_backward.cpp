@@ -18,7 +18,6 @@
 #include <array>
 #include <cmath>
 #include <limits>
-#include <utility>
 #include <vector>
 
 #include "src/branches.h"
@@ -512,31 +511,50 @@ TensorView take_float_view(const TensorView& like, std::byte*& memory) {
   return view;
 }
 
-/// Calls `body(row)` for every row of head_dim elements of a view, as (batch, token, head).
+/// One gradient: where it is summed in float32, and the caller's tensor, often the same.
+struct Gradient {
+  TensorView sums;
+  TensorView result;
+
+  std::int64_t tokens() const { return result.shape[0] * result.shape[1]; }
+};
+
+/// Calls `body(gradient, batch, token)` for every token of the three gradients.
 template <typename Body>
-void for_each_row(const ParallelFor& threads, const TensorView& view, const Body& body) {
-  hand_out(threads, view.shape[0] * view.shape[1],
-           [&](std::int64_t begin, std::int64_t end, int /*thread*/) {
-             for (std::int64_t i = begin; i < end; ++i) {
-               for (std::int64_t head = 0; head < view.shape[2]; ++head) {
-                 body(i / view.shape[1], i % view.shape[1], head);
-               }
-             }
-           });
-}
-
-void clear(const ParallelFor& threads, const TensorView& view) {
-  for_each_row(threads, view, [&](std::int64_t batch, std::int64_t token, std::int64_t head) {
-    std::fill_n(reinterpret_cast<float*>(cpu::row_at(view, batch, token, head)),
-                static_cast<std::size_t>(view.shape[3]), 0.0f);
+void for_each_token(const ParallelFor& threads, const std::array<Gradient, 3>& gradients,
+                    const Body& body) {
+  std::int64_t total = 0;
+  for (const Gradient& gradient : gradients) {
+    total += gradient.tokens();
+  }
+  hand_out(threads, total, [&](std::int64_t begin, std::int64_t end, int /*thread*/) {
+    std::int64_t first = 0;
+    for (const Gradient& gradient : gradients) {
+      for (std::int64_t i = std::max(begin, first); i < std::min(end, first + gradient.tokens());
+           ++i) {
+        const std::int64_t rows = gradient.result.shape[1];
+        body(gradient, (i - first) / rows, (i - first) % rows);
+      }
+      first += gradient.tokens();
+    }
   });
 }
 
-void round(const ParallelFor& threads, const TensorView& from, const TensorView& to) {
-  for_each_row(threads, to, [&](std::int64_t batch, std::int64_t token, std::int64_t head) {
-    store_row(to.dtype, reinterpret_cast<const float*>(cpu::row_at(from, batch, token, head)),
-              static_cast<std::size_t>(to.shape[3]), cpu::row_at(to, batch, token, head));
-  });
+void clear_token(const Gradient& gradient, std::int64_t batch, std::int64_t token) {
+  const TensorView& sums = gradient.sums;
+  for (std::int64_t head = 0; head < sums.shape[2]; ++head) {
+    std::fill_n(reinterpret_cast<float*>(cpu::row_at(sums, batch, token, head)),
+                static_cast<std::size_t>(sums.shape[3]), 0.0f);
+  }
+}
+
+void round_token(const Gradient& gradient, std::int64_t batch, std::int64_t token) {
+  const TensorView& to = gradient.result;
+  for (std::int64_t head = 0; head < to.shape[2] && to.dtype != DType::kFloat32; ++head) {
+    const std::byte* const from = cpu::row_at(gradient.sums, batch, token, head);
+    store_row(to.dtype, reinterpret_cast<const float*>(from), static_cast<std::size_t>(to.shape[3]),
+              cpu::row_at(to, batch, token, head));
+  }
 }
 
 }  // namespace
@@ -545,18 +563,19 @@ void backward_on_target(const Plan& plan, const BackwardTensors& tensors, const 
   const Problem& problem = plan.problem();
   const ParallelFor& threads = *context.parallel_for;
   const auto& decision = static_cast<const cpu::CpuDecision&>(plan.decision());
-  Gradients gradients{tensors.dquery, tensors.dkey, tensors.dvalue};
-  const std::array<std::pair<TensorView*, const TensorView*>, 3> pairs = {
-      {{&gradients.dquery, &tensors.dquery},
-       {&gradients.dkey, &tensors.dkey},
-       {&gradients.dvalue, &tensors.dvalue}}};
+  std::array<Gradient, 3> all = {{{tensors.dquery, tensors.dquery},
+                                  {tensors.dkey, tensors.dkey},
+                                  {tensors.dvalue, tensors.dvalue}}};
   std::byte* memory = context.workspace.data() + decision.threads * decision.backward_scratch;
-  for (const auto& [sums, result] : pairs) {
-    if (result->dtype != DType::kFloat32) {
-      *sums = take_float_view(*result, memory);
+  bool rounds = false;
+  for (Gradient& gradient : all) {
+    if (gradient.result.dtype != DType::kFloat32) {
+      gradient.sums = take_float_view(gradient.result, memory);
+      rounds = true;
     }
-    clear(threads, *sums);
   }
+  for_each_token(threads, all, clear_token);
+  const Gradients gradients{all[0].sums, all[1].sums, all[2].sums};
 
   // Longest segments first, the order of distributed runs, where their keys come from other ranks.
   for (auto branch = decision.branch_order.rbegin(); branch != decision.branch_order.rend();
@@ -590,10 +609,8 @@ void backward_on_target(const Plan& plan, const BackwardTensors& tensors, const 
     });
   }
 
-  for (const auto& [sums, result] : pairs) {
-    if (result->dtype != DType::kFloat32) {
-      round(threads, *sums, *result);
-    }
+  if (rounds) {
+    for_each_token(threads, all, round_token);
   }
 }
 
