@@ -1,3 +1,4 @@
+// Ranges of work from a counter; the first exception is carried to the caller.
 #include "src/hand_out.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// Batch elements, cu_seqlens and windows to sequences.
 #include "src/sequences.h"
 
 namespace dilated {

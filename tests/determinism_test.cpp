@@ -1,4 +1,4 @@
-// M13 and requirement 1: the same bits for two runs, for any number of threads, and from many host
+// M13 and R1: the same bits for two runs, for any number of threads, and from many host
 // threads that share one Plan. Meant for the thread sanitizer too.
 #include <algorithm>
 #include <thread>
@@ -79,7 +79,7 @@ TEST(Determinism, M13TheSameBitsTwiceAndOnAnyNumberOfThreads) {
   }
 }
 
-TEST(Determinism, OnePlanIsSharedByManyHostThreads) {  // requirements 1 and 18
+TEST(Determinism, OnePlanIsSharedByManyHostThreads) {  // R1, R18
   for (const Subject& subject : subjects()) {
     const Plan plan = make_plan(subject.problem, subject.backend);
     const Inputs inputs = make_inputs(subject.problem, {.amplitude = 1.0, .with_dlse = true});

@@ -1,4 +1,4 @@
-// M16, requirement 5: the dropout mask is read back through the operator and put into the
+// M16, R5: the dropout mask is read back through the operator and put into the
 // definition; the mean over seeds is the result without dropout; p = 1 gives zeros; the log-sum-exp
 // never moves.
 #include "src/dropout.h"
@@ -117,7 +117,7 @@ TEST(Dropout, EverythingDroppedGivesZeros) {
 }
 
 TEST(Dropout,
-     HalfOfManyKeysNeverDropsAWholeRow) {  // requirement 5: V = 1, p = 0.5, at least 64 keys
+     HalfOfManyKeysNeverDropsAWholeRow) {  // R5: V = 1, p = 0.5, at least 64 keys
   Problem problem = testing::paper_problem(256, 2, 4, {{64, 1}});
   problem.dropout_p = 0.5;
   Inputs inputs = make_inputs(problem, {.amplitude = 0.5});

@@ -1,5 +1,5 @@
-// Requirement 15: a table of every violation, with kind, argument and the whole message compared.
-// Requirement 7, X2: forced back ends that cannot run are errors, never fallbacks.
+// R15: a table of every violation, with kind, argument and the whole message compared.
+// R7, X2: forced back ends that cannot run are errors, never fallbacks.
 #include <cstdlib>
 #include <functional>
 #include <limits>

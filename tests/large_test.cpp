@@ -1,4 +1,4 @@
-// M18, requirement 14: strides and offsets beyond 2^31 elements. The tensors are views of a sparse
+// M18, R14: strides and offsets beyond 2^31 elements. The tensors are views of a sparse
 // anonymous mapping: only the touched pages take memory.
 #include <algorithm>
 #include <cerrno>

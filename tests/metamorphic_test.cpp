@@ -270,7 +270,7 @@ TEST_P(Metamorphic, M8PackedEqualsALoopOverSequences) {
   }
 }
 
-TEST_P(Metamorphic, M9MaskedKeysDoNotActWhateverTheyHold) {  // requirement 10, T2, X4
+TEST_P(Metamorphic, M9MaskedKeysDoNotActWhateverTheyHold) {  // R10, T2, X4
   for (const bool is_causal : {false, true}) {
     Problem masked = problem(75, 2, 6, {{20, 1}, {75, 2}});
     masked.is_causal = is_causal;
@@ -368,7 +368,7 @@ TEST_P(Metamorphic, SequsedIsTheLengthOfTheSequence) {  // batched = alone, bit 
   }
 }
 
-TEST_P(Metamorphic, M14LargeLogitsDoNotOverflow) {  // requirement 22
+TEST_P(Metamorphic, M14LargeLogitsDoNotOverflow) {  // R22
   for (const double amplitude : {50.0, 150.0}) {
     Problem large = problem(70, 2, 8, {{20, 1}, {70, 2}});
     large.scale = 1.0;

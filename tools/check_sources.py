@@ -5,6 +5,7 @@
 2. No macros of our own: #define only in HWY_* protocol lines.
 3. Every C++ source is named in its folder's CMakeLists.txt.
 4. A file opens with a comment that says what it is.
+5. A section, test code or document that a source names is defined in docs/.
 """
 
 from __future__ import annotations
@@ -88,9 +89,34 @@ def check_listed() -> Iterator[str]:
                 yield f"{folder}/{name}: not named in {folder}/CMakeLists.txt"
 
 
+# §5 of docs/semantics.md, a code of docs/requirements.md, a Markdown file.
+REFERENCE = re.compile(r"§(\d+)|\b([RXTM]\d{1,2})\b|\b([\w/]+\.md)\b")
+
+
+def check_references() -> Iterator[str]:
+    """Breaches of rule 5."""
+    sections = set(re.findall(r"^## §(\d+) ", (ROOT / "docs/semantics.md").read_text(), re.M))
+    codes = set(
+        re.findall(r"^\| ([RXTM]\d+) \|", (ROOT / "docs/requirements.md").read_text(), re.M)
+    )
+    documents = {path.name for path in [*ROOT.glob("*.md"), *ROOT.rglob("docs/*.md")]}
+    python = [p for f in ("python", "tests", "examples", "benchmarks", "tools")
+              for p in sorted((ROOT / f).rglob("*.py"))]  # fmt: skip
+    for path in [*cpp_files(), *python]:
+        name = path.relative_to(ROOT).as_posix()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            comment = re.search(r"//.*|#.*|\"\"\".*|^\s*[A-Z].*", line)
+            for section, code, document in REFERENCE.findall(comment[0] if comment else ""):
+                if (section and section not in sections) or (code and code not in codes):
+                    yield f"{name}:{number}: no document defines {'§' + section if section else code}"
+                if document and Path(document).name not in documents:
+                    yield f"{name}:{number}: there is no {document}"
+
+
 def main() -> int:
     breaches = [breach for path in cpp_files() for breach in check_file(path)]
     breaches += check_listed()
+    breaches += check_references()
     print(
         "\n".join(breaches)
         if breaches

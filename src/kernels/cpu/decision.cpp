@@ -1,3 +1,4 @@
+// Block sizes and scratch of the CPU back end.
 #include "src/kernels/cpu/decision.h"
 
 #include <algorithm>
