@@ -108,7 +108,7 @@ def check_references() -> Iterator[str]:
             comment = re.search(r"//.*|#.*|\"\"\".*|^\s*[A-Z].*", line)
             for section, code, document in REFERENCE.findall(comment[0] if comment else ""):
                 if (section and section not in sections) or (code and code not in codes):
-                    yield f"{name}:{number}: no document defines {'§' + section if section else code}"
+                    yield f"{name}:{number}: no document defines {code or '§' + section}"
                 if document and Path(document).name not in documents:
                     yield f"{name}:{number}: there is no {document}"
 

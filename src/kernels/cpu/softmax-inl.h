@@ -20,6 +20,7 @@
 #include "src/kernels/cpu/exp-inl.h"
 #include "src/kernels/cpu/gemm-inl.h"
 #include "src/kernels/cpu/pack-inl.h"
+#include "src/kernels/cpu/row_stream-inl.h"
 #include "src/kernels/cpu/scratch.h"
 
 HWY_BEFORE_NAMESPACE();
