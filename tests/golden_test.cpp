@@ -1,7 +1,7 @@
 // The oracle's 27 golden cases and digests (semantics §11): outputs and gradients of the reference
 // back end in float64 at 1e-12 * max(1, |x|); gradients of lse against the C++ restatement of the
 // oracle. tests/data holds copies of the specification's oracle/golden_dilated.json and
-// oracle/ref_dilated.py.
+// tests/data/ref_dilated.py.
 #include <algorithm>
 #include <cmath>
 #include <fstream>

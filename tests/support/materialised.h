@@ -1,6 +1,6 @@
 // The oracle in C++, independent of the library's geometry: every score matrix is written out in
 // memory.
-//   S = scale Q K^T,  P = e^(S - l),  O_b = P V;  backward as oracle/ref_dilated.py `backward`
+//   S = scale Q K^T,  P = e^(S - l),  O_b = P V;  backward as tests/data/ref_dilated.py `backward`
 // Run in float64 it is the oracle; run in another dtype, every stored matrix rounded to it and sums
 // in float32, it is the "plain materialised implementation" of the tolerance rule (semantics §11).
 #pragma once
