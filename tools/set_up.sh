@@ -110,7 +110,7 @@ if [[ $not_here ]]; then
   if [[ $not_here ]]; then
     say "building from pinned sources instead: $not_here"
     rm -rf build/packages
-    cmake -S . -B build/packages -G Ninja -DDILATED_CUDA=OFF \
+    cmake -S . -B build/packages -G Ninja \
       -DDILATED_TESTS="$tests" -DDILATED_BENCHMARKS="$tests" >build/packages.log 2>&1 || {
       grep -m 3 -i -E 'error|failed' build/packages.log >&2 || true
       stop "these could not be fetched: $not_here (log: build/packages.log)" \
