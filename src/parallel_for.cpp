@@ -16,19 +16,20 @@ class ThreadsPerCall final : public ParallelFor {
   }
 
   void run(int threads, const Body& body) const override {
-    // Where the system has no more threads, the caller's runs what is left.
     std::vector<std::thread> workers;
     workers.reserve(static_cast<std::size_t>(threads));
-    int next = 1;
+    int started = 1;  // thread 0 is the caller's
     try {
-      for (; next < threads; ++next) {
-        workers.emplace_back(body, next);
+      while (started < threads) {
+        workers.emplace_back(body, started);
+        ++started;
       }
-    } catch (const std::system_error&) {
+    } catch (const std::system_error&) {  // no more threads to be had: the caller runs the rest
+      body(started++);
     }
     body(0);
-    for (; next < threads; ++next) {
-      body(next);
+    for (; started < threads; ++started) {
+      body(started);
     }
     for (std::thread& worker : workers) {
       worker.join();
