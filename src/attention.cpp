@@ -46,7 +46,7 @@ class CallCheck : public ViewCheck {
     rows("branch_out", out);
     tensor("branch_lse", lse, {problem_.batch, problem_.num_heads, plan_.branch_rows(), 2},
            lse_dtype_);
-    rows("branch_lse", lse);
+    contiguous_rows("branch_lse", lse);
   }
 
   void inputs(const ConstTensorView& query, const ConstTensorView& key,

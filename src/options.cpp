@@ -44,24 +44,48 @@ const Preset& preset_of(const Options& options) {
       return preset;
     }
   }
-  reject("preset", fmt::format("one of {}", fmt::join(preset_names(), ", ")), *options.preset);
-}
-
-template <typename Value>
-Value parse(const char* argument, std::string_view given,
-            std::initializer_list<std::pair<std::string_view, Value>> choices) {
-  std::vector<std::string_view> names;
-  for (const auto& [name, value] : choices) {
-    if (name == given) {
-      return value;
-    }
-    names.push_back(name);
-  }
-  reject(argument, fmt::format("one of {}", fmt::join(names, ", ")), std::string(given));
+  reject("preset", fmt::format("one of {}", fmt::join(option_names("preset"), ", ")),
+         *options.preset);
 }
 
 enum class Groups { kNone, kCumulative, kLiteral };
 enum class Rule { kPaper, kTorchscale, kBranch, kZero };
+
+/// What an option's names mean.
+template <typename Value, std::size_t kCount>
+using Choices = std::array<std::pair<std::string_view, Value>, kCount>;
+
+constexpr Choices<Rule, 4> kRules = {{{"paper", Rule::kPaper},
+                                      {"torchscale", Rule::kTorchscale},
+                                      {"branch", Rule::kBranch},
+                                      {"zero", Rule::kZero}}};
+constexpr Choices<Groups, 3> kGroups = {
+    {{"none", Groups::kNone}, {"cumulative", Groups::kCumulative}, {"literal", Groups::kLiteral}}};
+constexpr Choices<Merge, 3> kMerges = {
+    {{"lse", Merge::kLse}, {"sum", Merge::kSum}, {"mean", Merge::kMean}}};
+constexpr Choices<Tail, 2> kTails = {{{"mask", Tail::kMask}, {"phantom", Tail::kPhantom}}};
+/// Whether builders see the key/value head.
+constexpr Choices<bool, 2> kGqaOffsets = {{{"kv", true}, {"q", false}}};
+
+template <typename Value, std::size_t kCount>
+std::vector<std::string_view> names_of(const Choices<Value, kCount>& choices) {
+  std::vector<std::string_view> names;
+  for (const auto& choice : choices) {
+    names.push_back(choice.first);
+  }
+  return names;
+}
+
+template <typename Value, std::size_t kCount>
+Value parse(const char* argument, std::string_view given, const Choices<Value, kCount>& choices) {
+  for (const auto& [name, value] : choices) {
+    if (name == given) {
+      return value;
+    }
+  }
+  reject(argument, fmt::format("one of {}", fmt::join(names_of(choices), ", ")),
+         std::string(given));
+}
 
 std::string_view given_or(const std::optional<std::string>& given, std::string_view otherwise) {
   return given ? std::string_view(*given) : otherwise;
@@ -185,13 +209,30 @@ void check_row_shift(const Options& options, const Shapes& shapes) {
 
 }  // namespace
 
-std::vector<std::string_view> preset_names() {
-  std::vector<std::string_view> names;
-  names.reserve(std::size(kPresets));
-  for (const Preset& preset : kPresets) {
-    names.push_back(preset.name);
+std::vector<std::string_view> option_names(std::string_view option) {
+  if (option == "preset") {
+    std::vector<std::string_view> names;
+    for (const Preset& preset : kPresets) {
+      names.push_back(preset.name);
+    }
+    return names;
   }
-  return names;
+  if (option == "offsets") {
+    return names_of(kRules);
+  }
+  if (option == "groups") {
+    return names_of(kGroups);
+  }
+  if (option == "merge") {
+    return names_of(kMerges);
+  }
+  if (option == "tail") {
+    return names_of(kTails);
+  }
+  if (option == "gqa_offset") {
+    return names_of(kGqaOffsets);
+  }
+  reject("option", "preset, offsets, groups, merge, tail or gqa_offset", std::string(option));
 }
 
 bool uses_column_sums(const Options& options) { return preset_of(options).column_sums; }
@@ -201,10 +242,7 @@ std::vector<std::int64_t> build_offsets(const Options& options, std::int64_t num
   check_lists(options);
   const Preset& preset = preset_of(options);
   const auto num_branches = static_cast<std::int64_t>(options.segments.size());
-  const auto groups = parse<Groups>("groups", given_or(options.groups, preset.groups),
-                                    {{"none", Groups::kNone},
-                                     {"cumulative", Groups::kCumulative},
-                                     {"literal", Groups::kLiteral}});
+  const Groups groups = parse("groups", given_or(options.groups, preset.groups), kGroups);
   const bool has_table = options.offset_table.has_value();
   if (has_table && options.offsets) {
     reject("offsets", "a builder's name or a table", "both");
@@ -218,13 +256,8 @@ std::vector<std::int64_t> build_offsets(const Options& options, std::int64_t num
     reject("gqa_offset", "no value together with a table of offsets", *options.gqa_offset,
            "a table is per query head already");
   }
-  const auto rule = parse<Rule>("offsets", given_or(options.offsets, preset.offsets),
-                                {{"paper", Rule::kPaper},
-                                 {"torchscale", Rule::kTorchscale},
-                                 {"branch", Rule::kBranch},
-                                 {"zero", Rule::kZero}});
-  const bool by_kv_head =
-      parse<bool>("gqa_offset", given_or(options.gqa_offset, "kv"), {{"kv", true}, {"q", false}});
+  const Rule rule = parse("offsets", given_or(options.offsets, preset.offsets), kRules);
+  const bool by_kv_head = parse("gqa_offset", given_or(options.gqa_offset, "kv"), kGqaOffsets);
   const Heads heads = heads_of(options, num_heads, num_kv_heads);
   const std::int64_t group = by_kv_head ? heads.per_kv : 1;
   std::vector<std::int64_t> offsets;
@@ -271,14 +304,11 @@ Problem make_problem(const Options& options, const Shapes& shapes) {
   problem.head_dim = shapes.head_dim;
   problem.head_offset = options.head_offset;
   problem.total_heads = options.total_heads.value_or(0);
-  problem.merge =
-      parse<Merge>("merge", given_or(options.merge, preset.merge),
-                   {{"lse", Merge::kLse}, {"sum", Merge::kSum}, {"mean", Merge::kMean}});
+  problem.merge = parse("merge", given_or(options.merge, preset.merge), kMerges);
   problem.out_scale = options.out_scale.value_or(
       preset.mean_over_branches ? 1.0 / static_cast<double>(num_branches) : 1.0);
   problem.lse_grad = options.lse_grad.value_or(preset.lse_grad);
-  problem.tail = parse<Tail>("tail", given_or(options.tail, preset.tail),
-                             {{"mask", Tail::kMask}, {"phantom", Tail::kPhantom}});
+  problem.tail = parse("tail", given_or(options.tail, preset.tail), kTails);
   problem.is_causal = options.is_causal;
   problem.scale = options.scale;
   problem.dropout_p = options.dropout_p;

@@ -54,27 +54,31 @@ class ViewCheck {
     }
   }
 
-  /// Rows of head_dim elements: a contiguous last dimension, aligned as the problem says.
+  /// A contiguous last dimension.
   template <typename Void>
-  void rows(const char* name, const StridedView<Void, 4>& view) const {
-    if (!view.defined()) {
-      return;
-    }
-    if (view.shape[3] > 1 && view.strides[3] != 1) {
+  void contiguous_rows(const char* name, const StridedView<Void, 4>& view) const {
+    if (view.defined() && view.shape[3] > 1 && view.strides[3] != 1) {
       fail(name, "a contiguous last dimension", fmt::format("stride {}", view.strides[3]),
            "call .contiguous()");
     }
-    if (alignment_ > 0) {
-      std::uint64_t bits = reinterpret_cast<std::uintptr_t>(view.data);
-      for (std::size_t i = 0; i < 3; ++i) {
-        bits |= static_cast<std::uint64_t>(view.strides[i] * size_of(view.dtype));
-      }
-      if (bits % static_cast<std::uint64_t>(alignment_) != 0) {
-        fail(name, fmt::format("a pointer and strides that {} bytes divide", alignment_),
-             fmt::format("{} and strides ({})", static_cast<const void*>(view.data),
-                         fmt::join(view.strides, ", ")),
-             "the problem's alignment promises it");
-      }
+  }
+
+  /// Rows of head_dim elements: contiguous, aligned as the problem says.
+  template <typename Void>
+  void rows(const char* name, const StridedView<Void, 4>& view) const {
+    contiguous_rows(name, view);
+    if (!view.defined() || alignment_ == 0) {
+      return;
+    }
+    std::uint64_t bits = reinterpret_cast<std::uintptr_t>(view.data);
+    for (std::size_t i = 0; i < 3; ++i) {
+      bits |= static_cast<std::uint64_t>(view.strides[i] * size_of(view.dtype));
+    }
+    if (bits % static_cast<std::uint64_t>(alignment_) != 0) {
+      fail(name, fmt::format("a pointer and strides that {} bytes divide", alignment_),
+           fmt::format("{} and strides ({})", static_cast<const void*>(view.data),
+                       fmt::join(view.strides, ", ")),
+           "the problem's alignment promises it");
     }
   }
 

@@ -65,7 +65,8 @@ bool uses_column_sums(const Options& options);
 std::vector<std::int64_t> build_offsets(const Options& options, std::int64_t num_heads,
                                         std::int64_t num_kv_heads);
 
-/// Names accepted by `Options::preset`.
-std::vector<std::string_view> preset_names();
+/// Names that an option accepts: preset, offsets, groups, merge, tail or gqa_offset. Throws
+/// InvalidProblem for another option.
+std::vector<std::string_view> option_names(std::string_view option);
 
 }  // namespace dilated

@@ -202,7 +202,7 @@ def _add_problem(
 
 
 def _configuration(options: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `dilated.explain` and its neighbours."""
+    """The keyword arguments of `dilated.plan`."""
     import torch
 
     return {
@@ -233,7 +233,8 @@ def _info(options: argparse.Namespace) -> int:
             f"  {backend.name} ({'available' if backend.available else 'not available'}): "
             f"{backend.description}"
         )
-    print(dilated.explain(options.seqlen, backend=options.backend, **_configuration(options)))
+    plan = dilated.plan(options.seqlen, backend=options.backend, **_configuration(options))
+    print(plan.explain())
     return 0
 
 
@@ -241,7 +242,7 @@ def _pattern(options: argparse.Namespace) -> int:
     import dilated
 
     configuration = _configuration(options)
-    pairs = dilated.count_pairs(options.seqlen, **configuration)
+    pairs = dilated.plan(options.seqlen, **configuration).pair_counts
     branches = zip(options.segments, options.dilations, pairs, strict=True)
     for number, (segment, dilation, count) in enumerate(branches):
         print(f"branch {number}: segment {segment}, dilation {dilation}: {count} pairs")

@@ -231,8 +231,8 @@ def test_ten_optimiser_steps_equal_the_definition(monkeypatch: pytest.MonkeyPatc
         return reference.dilated_attention(q, k, v, offsets=table, **chosen)[0]
 
     backend = "cpu"
-    text = dilated.explain(64, 4, head_dim=8, segments=SIZES["segments"],
-                           dilations=SIZES["dilations"], is_causal=True)  # fmt: skip
+    text = dilated.plan(64, 4, head_dim=8, segments=SIZES["segments"],
+                        dilations=SIZES["dilations"], is_causal=True).explain()  # fmt: skip
     assert f"{backend}       runs this" in text, text
     tokens = torch.randint(31, (10, 2, 65))
     runs = []

@@ -83,11 +83,11 @@ def test_json_has_every_number(report: Path) -> None:
 
 
 def test_pattern_picture_is_the_cores_pattern() -> None:
-    """The picture of a short pattern holds attention_pattern's own table."""
+    """The picture of a short pattern holds Plan.pattern's own table."""
     options = {"segments": (4, 8), "dilations": (1, 2), "num_heads": 2, "is_causal": True}
     figure = figures.pattern_figure(8, heads=[1], **options)
     shown = torch.tensor(figure.axes[0].images[0].get_array())
-    expected = dilated.attention_pattern(8, head=1, **options)
+    expected = dilated.plan(8, **options).pattern(1)
     assert torch.equal(shown.to(torch.int32), expected)
 
 

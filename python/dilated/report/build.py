@@ -111,7 +111,7 @@ def write_report(
 
 
 def _attention(config: Any) -> dict[str, Any]:
-    """The attention of one layer, as `dilated.explain` takes it."""
+    """The attention of one layer, as `dilated.plan` takes it."""
     model = config.model
     return {
         "num_heads": model.num_heads,
@@ -125,7 +125,7 @@ def _attention(config: Any) -> dict[str, Any]:
 
 
 def _explain(config: Any) -> str:
-    return dilated.explain(config.context, batch=config.batch_size, **_attention(config))
+    return dilated.plan(config.context, batch=config.batch_size, **_attention(config)).explain()
 
 
 def _sample(result: TrainResult, corpus: Corpus) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _page(report: dict[str, Any], curve: ContextCurve, config: Any) -> str:
         sections.append(("Time and memory", _timing_section(report["timing"])))
     heads = range(min(2, config.model.num_heads))
     picture = figures.pattern_figure(config.context, heads=heads, **_attention(config))
-    pairs = dilated.count_pairs(config.context, **_attention(config))
+    pairs = dilated.plan(config.context, **_attention(config)).pair_counts
     dense = config.model.num_heads * config.context * (config.context + 1) // 2
     sections += [
         (

@@ -1,7 +1,7 @@
 """The pictures: loss, bits against context, time and memory against length, the attention pattern.
 
 Every function takes numbers and returns a matplotlib Figure; none touches pyplot or global
-settings. The pattern is asked of the core (`dilated.attention_pattern`), never drawn from formulas
+settings. The pattern is asked of the core (`dilated.plan`), never drawn from formulas
 here.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dilated.training import ContextCurve
 
 _COLOURS = {"dilated": "#0b6e99", "dense_sdpa": "#c44e52", "composition": "#8a8a8a"}
-_LARGEST_PATTERN = 4096  # of dilated.attention_pattern
+_LARGEST_PATTERN = 4096  # of Plan.pattern
 _PIXELS = 512
 _CORNER = 48
 _COUNTS = ["#ffffff", "#7fb8d1", "#0b6e99", "#083d55", "#e09f3e", "#9e2a2b", "#540b0e"]
@@ -168,7 +168,7 @@ def pattern_figure(seqlen: int, *, heads: Sequence[int], **configuration: Any) -
     counts = BoundaryNorm([v - 0.5 for v in range(most + 2)], colours.N)
     image = density = None
     for column, head in enumerate(heads):
-        table = dilated.attention_pattern(shown, head=head, **configuration)
+        table = dilated.plan(shown, **configuration).pattern(head)
         if not whole:
             mean = torch.nn.functional.avg_pool2d(table[None].float(), block, ceil_mode=True)[0]
             style = {"cmap": "viridis_r", "norm": LogNorm(1e-2, most)}
