@@ -55,6 +55,7 @@ test: ## Everything: lint, C++ tests, sanitizers, clang, Arm, example, snippets,
 	@$(MAKE) test-libcxx
 	@$(MAKE) test-arm
 	@$(MAKE) test-cuda
+	@$(MAKE) test-oldest-torch
 	@$(MAKE) test-python
 
 .PHONY: bench
@@ -62,7 +63,7 @@ bench: $(PACKAGE) ## Time the operator against the best PyTorch compositions; JS
 	.venv/bin/python benchmarks/run.py
 
 # --- parts of `make test` ---------------------------------------------------------------------------------------
-.PHONY: test-cpp test-sanitized test-threads test-clang test-libcxx test-arm test-cuda test-python test-snippets test-example lint format audit wheel
+.PHONY: test-cpp test-sanitized test-threads test-clang test-libcxx test-arm test-cuda test-python test-oldest-torch test-snippets test-example lint format audit wheel
 test-cpp: $(TEST_ENVIRONMENT) ## C++ tests (preset cpu)
 	cmake --workflow --preset cpu
 
@@ -97,6 +98,9 @@ LIBCXX = $(shell clang++ -stdlib=libc++ -fsyntax-only -x c++ -include vector /de
 
 test-python: $(TEST_PACKAGE) ## Python tests of the installed package
 	.venv/bin/python -m pytest $(PYTEST_OPTIONS)
+
+test-oldest-torch: $(TEST_PACKAGE) ## The operator's Python tests with the oldest PyTorch that we admit
+	tools/test_oldest_torch.sh .venv/lib/python3*/site-packages/dilated/libdilated_torch.so $(PYTEST_OPTIONS)
 
 test-snippets: $(TEST_PACKAGE) $(INSTALLED) ## Run the code in README, docs and docstrings
 	.venv/bin/python tools/check_snippets.py
@@ -150,4 +154,4 @@ $(INSTALLED): $(TEST_ENVIRONMENT) $(CORE_FILES)
 	@touch $@
 
 clean: ## Remove builds and the environment
-	rm -rf build .venv
+	rm -rf build .venv .venv-oldest

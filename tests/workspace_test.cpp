@@ -62,8 +62,8 @@ using testing::Inputs;
 using testing::make_inputs;
 using testing::Tensor;
 
-class alignas(64) Line {
-  std::byte bytes_[64];
+struct alignas(64) Line {
+  std::byte bytes[64];
 };
 
 /// Everything one forward and backward of a problem needs, allocated beforehand.

@@ -5,6 +5,7 @@
 2. No macros of our own: #define only in HWY_* protocol lines.
 3. Every C++ source is named in its folder's CMakeLists.txt.
 4. A file opens with a comment that says what it is.
+5. Shell scripts keep to bash 3.2, the one of macOS.
 5. A section, test code or document that a source names is defined in docs/.
 """
 
@@ -113,9 +114,25 @@ def check_references() -> Iterator[str]:
                     yield f"{name}:{number}: there is no {document}"
 
 
+# What bash 3.2 lacks. No pattern sees that it also refuses an empty array under `set -u`.
+NEWER_BASH = re.compile(
+    r"\b(mapfile|readarray|coproc|wait -n|(declare|local|typeset) -[gAn]+)\b"
+    r"|\$\{\w+(\^|,|@[QEPAa]\})|&>>|\|&|\$EPOCH|;;&|\bprintf '%\("
+)
+
+
+def check_shell() -> Iterator[str]:
+    """Breaches of rule 5."""
+    for path in sorted([*(ROOT / "tools").glob("*.sh"), ROOT / ".ci" / "run"]):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if newer := NEWER_BASH.search(line.split("# ")[0]):
+                yield f"{path.relative_to(ROOT)}:{number}: bash 3.2 has no {newer[0]}"
+
+
 def main() -> int:
     breaches = [breach for path in cpp_files() for breach in check_file(path)]
     breaches += check_listed()
+    breaches += check_shell()
     breaches += check_references()
     print(
         "\n".join(breaches)
