@@ -34,7 +34,15 @@ if TYPE_CHECKING:
 
 
 class AttentionOptions(TypedDict, total=False):
-    """Options that no tensor carries; :func:`dilated.dilated_attention` explains them."""
+    """Options that no tensor carries; :func:`dilated.dilated_attention` explains them.
+
+    Example:
+        >>> import torch, dilated
+        >>> options: dilated.AttentionOptions = {"is_causal": True, "offsets": "zero"}
+        >>> x = torch.zeros(1, 8, 2, 4)
+        >>> dilated.dilated_attention(x, x, x, segments=[4], dilations=[1], **options).shape
+        torch.Size([1, 8, 2, 4])
+    """
 
     is_causal: bool
     scale: SupportsFloat | None
