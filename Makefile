@@ -47,6 +47,7 @@ test: ## Everything: lint, C++ tests, sanitizers, clang, Arm, example, snippets,
 	@$(MAKE) setup-tests
 	@$(MAKE) lint
 	@$(MAKE) test-cpp
+	@$(MAKE) test-mutants
 	@$(MAKE) test-example
 	@$(MAKE) audit
 	@$(MAKE) test-snippets
@@ -63,7 +64,7 @@ bench: $(PACKAGE) ## Time the operator against the best PyTorch compositions; JS
 	.venv/bin/python benchmarks/run.py
 
 # --- parts of `make test` ---------------------------------------------------------------------------------------
-.PHONY: test-cpp test-sanitized test-threads test-clang test-libcxx test-arm test-cuda test-python test-oldest-torch test-snippets test-example lint format audit wheel
+.PHONY: test-cpp test-sanitized test-threads test-clang test-libcxx test-arm test-cuda test-python test-oldest-torch test-snippets test-mutants test-example lint format audit wheel
 test-cpp: $(TEST_ENVIRONMENT) ## C++ tests (preset cpu)
 	cmake --workflow --preset cpu
 
@@ -104,6 +105,10 @@ test-oldest-torch: $(TEST_PACKAGE) ## The operator's Python tests with the oldes
 
 test-snippets: $(TEST_PACKAGE) $(INSTALLED) ## Run the code in README, docs and docstrings
 	.venv/bin/python tools/check_snippets.py
+
+test-mutants: $(TEST_ENVIRONMENT) ## Change terms of the sources: tests must turn red; MUTANTS of them a day, or all
+	tools/mutation_check.sh $(if $(filter-out all,$(MUTANTS)),--part $(MUTANTS))
+MUTANTS ?= 2
 
 test-example: $(INSTALLED) ## Build examples/cpp against the installed library and run it
 	tools/run_example.sh build/installed build/example
