@@ -16,7 +16,7 @@ DEMO ?= demo
 DEMO_OPTIONS ?=
 PYTEST_OPTIONS ?=
 
-export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PATH := $(CURDIR)/.venv/bin:$(PATH):$(firstword $(wildcard /usr/local/cuda/bin /usr/local/cuda-*/bin))
 export PYTHONDONTWRITEBYTECODE := 1
 # The CMake runs of make must see our environment's torch, whatever is active outside.
 export VIRTUAL_ENV := $(CURDIR)/.venv
@@ -45,7 +45,7 @@ demo: $(EXAMPLES) ## Train a LongNet at 16,384 bytes of context on a real corpus
 
 # In this order: what fails quickly comes first, pytest's summary stands last.
 .PHONY: test
-test: ## Everything: lint, C++ tests, sanitizers, Arm, example, snippets, Python tests
+test: ## Everything: lint, C++ tests, sanitizers, clang, Arm, example, snippets, Python tests
 	@$(MAKE) setup-tests
 	@$(MAKE) lint
 	@$(MAKE) test-cpp
@@ -53,8 +53,11 @@ test: ## Everything: lint, C++ tests, sanitizers, Arm, example, snippets, Python
 	@$(MAKE) audit
 	@$(MAKE) test-snippets
 	@$(MAKE) test-sanitized
+	@$(MAKE) test-clang
+	@$(MAKE) test-libcxx
 	@$(MAKE) test-arm
 	@$(MAKE) test-cuda
+	@$(MAKE) test-oldest-torch
 	@$(MAKE) test-python
 
 .PHONY: bench
@@ -62,7 +65,7 @@ bench: $(EXAMPLES) ## Time the operator against the best PyTorch compositions; J
 	.venv/bin/python benchmarks/run.py
 
 # --- parts of `make test` ---------------------------------------------------------------------------------------
-.PHONY: test-cpp test-sanitized test-threads test-arm test-cuda test-python test-snippets test-example lint format audit wheel
+.PHONY: test-cpp test-sanitized test-threads test-clang test-libcxx test-arm test-cuda test-python test-oldest-torch test-snippets test-example lint format audit wheel
 test-cpp: $(TEST_ENVIRONMENT) ## C++ tests (preset cpu)
 	cmake --workflow --preset cpu
 
@@ -72,17 +75,34 @@ test-sanitized: $(TEST_ENVIRONMENT) ## C++ tests under address and undefined-beh
 test-threads: $(TEST_ENVIRONMENT) ## C++ tests under the thread sanitizer (preset cpu-tsan)
 	cmake --workflow --preset cpu-tsan
 
-test-arm: $(TEST_ENVIRONMENT) ## C++ tests for 64-bit Arm under qemu, where a cross compiler is (preset cpu-arm)
-	@if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64-static >/dev/null; then \
-	set -ex; tools/set_up_arm.sh; cmake --workflow --preset cpu-arm; \
-	else echo "no aarch64-linux-gnu-g++ or qemu-aarch64-static here: Arm is not tested"; fi
+# $(call with,tools,check): runs the check. Where a tool is missing, it fails in CI and is said elsewhere.
+define with
+@missing=; for tool in $(1); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+if [[ $$missing ]]; then echo "$@: not run, as these are not here:$$missing" >&2; [[ ! $$DILATED_CI ]]; \
+else set -ex; $(2); fi
+endef
 
-test-cuda: $(TEST_ENVIRONMENT) ## Compile the CUDA probe, where there is nvcc (preset cuda)
-	@if command -v nvcc >/dev/null; then set -x; cmake --workflow --preset cuda; \
-	else echo "no nvcc here: the CUDA probe is not compiled"; fi
+test-arm: $(TEST_ENVIRONMENT) ## C++ tests for 64-bit Arm under qemu (preset cpu-arm); fails without tools only in CI
+	$(call with,aarch64-linux-gnu-g++ qemu-aarch64-static,tools/set_up_arm.sh; cmake --workflow --preset cpu-arm)
+
+test-cuda: $(TEST_ENVIRONMENT) ## Compile the CUDA probe (preset cuda); fails without nvcc only in CI
+	$(call with,nvcc,cmake --workflow --preset cuda)
+
+test-clang: $(TEST_ENVIRONMENT) ## C++ tests built with clang (preset cpu-clang); fails without it only in CI
+	$(call with,clang++,cmake --workflow --preset cpu-clang)
+
+test-libcxx: $(TEST_ENVIRONMENT) ## The library and its example with clang and libc++; fails without them only in CI
+	$(call with,clang++ $(LIBCXX),cmake --workflow --preset cpu-libcxx; \
+	cmake --install build/cpu-libcxx --component cpp; tools/run_example.sh build/installed-libcxx \
+	build/example-libcxx -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_CXX_FLAGS=-stdlib=libc++)
+# A command that is there if libc++ is, and one that never is if not.
+LIBCXX = $(shell clang++ -stdlib=libc++ -fsyntax-only -x c++ -include vector /dev/null 2>/dev/null && echo true || echo libc++)
 
 test-python: $(TEST_PACKAGE) ## Python tests of the installed package
 	.venv/bin/python -m pytest $(PYTEST_OPTIONS)
+
+test-oldest-torch: $(TEST_PACKAGE) ## The operator's Python tests with the oldest PyTorch that we admit
+	tools/test_oldest_torch.sh .venv/lib/python3*/site-packages/dilated/libdilated_torch.so $(PYTEST_OPTIONS)
 
 test-snippets: $(TEST_PACKAGE) $(INSTALLED) ## Run the code in README, docs and docstrings
 	.venv/bin/python tools/check_snippets.py
@@ -141,4 +161,4 @@ $(INSTALLED): $(TEST_ENVIRONMENT) $(CORE_FILES)
 	@touch $@
 
 clean: ## Remove builds and the environment
-	rm -rf build .venv
+	rm -rf build .venv .venv-oldest

@@ -95,9 +95,9 @@ void run(benchmark::State& state, const Row& row, dilated::Pass pass) {
   const std::array<std::int64_t, 4> shape{s.batch, s.seqlen, s.num_heads, s.head_dim};
   const std::array<std::int64_t, 3> lse_shape{s.batch, s.num_heads, s.seqlen};
   Array<4> query(shape, 1), key(shape, 2), value(shape, 3), dout(shape, 4), out(shape);
-  Array<3> lse(lse_shape);
+  Array<3> lse(lse_shape), lse_residual(lse_shape);
   Array<4> branch_out({s.batch, s.num_heads, plan.branch_rows(), s.head_dim});
-  Array<3> branch_lse({s.batch, s.num_heads, plan.branch_rows()});
+  Array<4> branch_lse({s.batch, s.num_heads, plan.branch_rows(), 2});
 
   dilated::ForwardTensors forward;
   forward.query = query.view<const void>();
@@ -105,22 +105,21 @@ void run(benchmark::State& state, const Row& row, dilated::Pass pass) {
   forward.value = value.view<const void>();
   forward.out = out.view<void>();
   forward.lse = lse.view<void>();
+  forward.lse_residual = lse_residual.view<void>();
   // As in torch's binding: branch results are written only when a backward pass will read them.
   if (pass == dilated::Pass::kBackward && plan.needs_branch_outputs()) {
     forward.branch_out = branch_out.view<void>();
     forward.branch_lse = branch_lse.view<void>();
   }
-  const int threads = dilated::default_parallel_for().num_threads();
   // 64-byte alignment is the core's rule for memory that the caller brings.
   const auto bytes =
-      static_cast<std::size_t>(std::max(plan.workspace_bytes(dilated::Pass::kForward, threads),
-                                        plan.workspace_bytes(dilated::Pass::kBackward, threads)));
+      static_cast<std::size_t>(std::max(plan.workspace_bytes(dilated::Pass::kForward),
+                                        plan.workspace_bytes(dilated::Pass::kBackward)));
   std::vector<std::byte> memory(bytes + 64);
   void* aligned = memory.data();
   std::size_t space = memory.size();
   std::align(64, bytes, aligned, space);
-  const dilated::Context context{&dilated::default_parallel_for(),
-                                 {static_cast<std::byte*>(aligned), bytes}};
+  const dilated::Context context{.workspace = {static_cast<std::byte*>(aligned), bytes}};
   dilated::forward(plan, forward, context);
 
   Array<4> dquery(shape), dkey(shape), dvalue(shape);
@@ -131,6 +130,7 @@ void run(benchmark::State& state, const Row& row, dilated::Pass pass) {
   backward.value = forward.value;
   backward.out = out.view<const void>();
   backward.lse = lse.view<const void>();
+  backward.lse_residual = lse_residual.view<const void>();
   if (plan.needs_branch_outputs()) {
     backward.branch_out = branch_out.view<const void>();
     backward.branch_lse = branch_lse.view<const void>();

@@ -1,7 +1,7 @@
 """What the benchmark computes: configurations, the yardstick's rows, their work (semantics §10).
 
     forward FLOP = 4 * head_dim * pairs      backward = 2.5 * forward      both = 3.5 * forward
-Pairs come from the core (`dilated.count_pairs`): those the mathematics needs, never padded tiles.
+Pairs come from the core (`dilated.plan`): those the mathematics needs, never padded tiles.
 """
 
 from __future__ import annotations
@@ -67,9 +67,8 @@ class Configuration:
         """Useful floating-point operations of one forward pass, by the core's pair counts."""
         import dilated
 
-        counts = dilated.count_pairs(
-            self.seqlen, self.num_heads, head_dim=self.head_dim, **self.options()
-        )
+        plan = dilated.plan(self.seqlen, self.num_heads, head_dim=self.head_dim, **self.options())
+        counts = plan.pair_counts
         return FORWARD_FLOPS_PER_PAIR_AND_DIM * self.head_dim * sum(counts)
 
 

@@ -1,13 +1,6 @@
-# CUDA sources, if DILATED_CUDA is ON, or AUTO and there is a compiler. No CUDA back end exists yet: what is compiled
+# CUDA sources, if DILATED_CUDA is ON. No CUDA back end exists yet: what is compiled
 # is a probe, which shows that the toolchain takes our C++20 and that geometry.h is device code.
-if(DILATED_CUDA STREQUAL "AUTO")
-  include(CheckLanguage)
-  check_language(CUDA)
-  set(dilated_use_cuda ${CMAKE_CUDA_COMPILER})
-else()
-  set(dilated_use_cuda ${DILATED_CUDA})
-endif()
-if(NOT dilated_use_cuda)
+if(NOT DILATED_CUDA)
   return()
 endif()
 

@@ -3,6 +3,8 @@
 #   fmt::fmt-header-only  messages; header-only, so that no process meets two fmt libraries
 # cmake/packages finds the same packages, for tools/set_up.sh.
 include(FetchContent)
+# One for all build folders. What is built from it stays in each: compilers and flags differ.
+set(DILATED_DOWNLOADS ${PROJECT_SOURCE_DIR}/build/downloads CACHE PATH "Where pinned sources are kept")
 
 # The settings below and in tests/ reach dependencies whose own CMake files are older than these policies.
 set(CMAKE_POLICY_DEFAULT_CMP0077 NEW)
@@ -24,6 +26,7 @@ function(dilated_dependency name hash)
     SYSTEM
     URL ${arg_URLS}
     URL_HASH SHA256=${hash}
+    DOWNLOAD_DIR ${DILATED_DOWNLOADS}/${name}
     DOWNLOAD_EXTRACT_TIMESTAMP FALSE
     TIMEOUT 300
     INACTIVITY_TIMEOUT 30
@@ -49,6 +52,12 @@ FetchContent_MakeAvailable(hwy fmt)
 
 if(TARGET hwy::hwy)
   set(DILATED_OWN_HIGHWAY OFF)
+  # Found where the loader does not look (conda, a prefix of one's own): what we install names the folder.
+  get_target_property(hwy_library hwy::hwy LOCATION)
+  cmake_path(GET hwy_library PARENT_PATH hwy_folder)
+  if(hwy_library MATCHES "\\.(so|dylib)" AND NOT hwy_folder IN_LIST CMAKE_CXX_IMPLICIT_LINK_DIRECTORIES)
+    list(APPEND CMAKE_INSTALL_RPATH ${hwy_folder})
+  endif()
 else()
   set(DILATED_OWN_HIGHWAY ON)
   set(hwy_VERSION 1.0.3)

@@ -1,104 +1,88 @@
-// forward and backward: check the views against the plan, provide scratch, call the back end.
+// forward and backward: check the views against the plan, provide scratch, call the back end. No
+// tensor memory is read or written here: it may belong to another device.
 #include "dilated/attention.h"
 
-#include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <new>
 
-#include <fmt/format.h>
-#include <fmt/ranges.h>
-
-#include "dilated/error.h"
-
 #include "src/backend_table.h"
+#include "src/view_check.h"
 
 namespace dilated {
 namespace {
 
 constexpr std::size_t kAlignment = 64;
 
-/// Compares the views of one call with its plan; every mismatch names the tensor.
-class ViewCheck {
+/// The views of one call against its plan.
+class CallCheck : public ViewCheck {
  public:
-  ViewCheck(const char* op, const Problem& problem) : op_(op), problem_(problem) {}
+  CallCheck(const char* op, const Plan& plan)
+      : ViewCheck(op, plan.problem().alignment),
+        plan_(plan),
+        problem_(plan.problem()),
+        lse_dtype_(accumulation_dtype(problem_.dtype)) {}
 
-  /// (batch, seqlen, heads, head_dim) of the problem's dtype.
+  /// (batch, rows, heads, head_dim) of the problem's dtype, or not rounded.
   template <typename Void>
-  void tokens(const char* name, const StridedView<Void, 4>& view, std::int64_t heads) const {
-    tensor(name, view, {problem_.batch, problem_.seqlen, heads, problem_.head_dim}, problem_.dtype);
-    last_dimension(name, view);
-  }
-
-  /// (batch, num_heads, rows, head_dim), float32 or float64.
-  template <typename Void>
-  void branch_rows(const char* name, const StridedView<Void, 4>& view, std::int64_t rows) const {
-    tensor(name, view, {problem_.batch, problem_.num_heads, rows, problem_.head_dim}, lse_dtype());
-    last_dimension(name, view);
+  void tokens(const char* name, const StridedView<Void, 4>& view, std::int64_t rows_expected,
+              std::int64_t heads, bool may_be_unrounded) const {
+    const bool unrounded = may_be_unrounded && view.dtype == lse_dtype_;
+    tensor(name, view, {problem_.batch, rows_expected, heads, problem_.head_dim},
+           unrounded ? lse_dtype_ : problem_.dtype);
+    rows(name, view);
   }
 
   /// (batch, num_heads, rows), float32 or float64.
   template <typename Void>
-  void rows(const char* name, const StridedView<Void, 3>& view, std::int64_t rows) const {
-    tensor(name, view, {problem_.batch, problem_.num_heads, rows}, lse_dtype());
+  void row_values(const char* name, const StridedView<Void, 3>& view, std::int64_t count) const {
+    tensor(name, view, {problem_.batch, problem_.num_heads, count}, lse_dtype_);
   }
 
-  void masks(const Masks& masks) const {
+  template <typename Void>
+  void branches(const StridedView<Void, 4>& out, const StridedView<Void, 4>& lse) const {
+    tensor("branch_out", out,
+           {problem_.batch, problem_.num_heads, plan_.branch_rows(), problem_.head_dim},
+           lse_dtype_);
+    rows("branch_out", out);
+    tensor("branch_lse", lse, {problem_.batch, problem_.num_heads, plan_.branch_rows(), 2},
+           lse_dtype_);
+    contiguous_rows("branch_lse", lse);
+  }
+
+  void inputs(const ConstTensorView& query, const ConstTensorView& key,
+              const ConstTensorView& value, const Masks& masks) const {
+    tokens("query", query, problem_.query_rows(), problem_.num_heads, false);
+    tokens("key", key, problem_.key_rows(), problem_.num_kv_heads, false);
+    tokens("value", value, problem_.key_rows(), problem_.num_kv_heads, false);
     if (problem_.has_key_mask) {
-      tensor("key_mask", masks.key_mask, {problem_.batch, problem_.seqlen}, masks.key_mask.dtype);
+      shape("key_mask", masks.key_mask, {problem_.batch, problem_.key_rows()});
     } else if (masks.key_mask.defined()) {
       fail("key_mask", "none, as the problem has no key mask", "a tensor");
     }
-    const bool has_sequences = problem_.batch > 0;
-    if (problem_.has_seqused != (masks.seqused != nullptr) && has_sequences) {
+    if (problem_.has_seqused != (masks.seqused != nullptr) && problem_.num_sequences() > 0) {
       fail("seqused",
            problem_.has_seqused ? "one length per sequence" : "none, as the problem has no seqused",
            problem_.has_seqused ? "none" : "lengths");
     }
-  }
-
-  [[noreturn]] void fail(const char* name, std::string expected, std::string got,
-                         std::string hint = "") const {
-    raise<InvalidProblem>({op_, name, std::move(expected), std::move(got), std::move(hint)});
+    if (problem_.dropout_p > 0.0 && masks.dropout_state == nullptr) {
+      fail("dropout_state", "(seed, offset) with dropout_p > 0", "none");
+    }
+    if (problem_.device.kind == Device::kCpu && masks.seqused != nullptr) {
+      for (std::size_t s = 0; s < plan_.sequences().size(); ++s) {
+        const std::int64_t length = plan_.sequences()[s].length;
+        if (masks.seqused[s] < 0 || masks.seqused[s] > length) {
+          fail(fmt::format("seqused[{}]", s).c_str(),
+               fmt::format("0 <= length <= that of the sequence, {}", length),
+               fmt::format("{}", masks.seqused[s]));
+        }
+      }
+    }
   }
 
  private:
-  DType lse_dtype() const {
-    return problem_.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  }
-
-  template <typename Void, std::size_t kRank>
-  void tensor(const char* name, const StridedView<Void, kRank>& view,
-              const std::array<std::int64_t, kRank>& shape, DType dtype) const {
-    bool empty = false;
-    for (const std::int64_t extent : shape) {
-      empty = empty || extent == 0;
-    }
-    if (!view.defined() && !empty) {
-      fail(name, fmt::format("a tensor of shape ({})", fmt::join(shape, ", ")), "none");
-    }
-    if (empty && !view.defined()) {
-      return;
-    }
-    if (view.shape != shape) {
-      fail(name, fmt::format("shape ({})", fmt::join(shape, ", ")),
-           fmt::format("({})", fmt::join(view.shape, ", ")));
-    }
-    if (view.dtype != dtype) {
-      fail(name, fmt::format("dtype {}", name_of(dtype)), std::string(name_of(view.dtype)));
-    }
-  }
-
-  template <typename Void>
-  void last_dimension(const char* name, const StridedView<Void, 4>& view) const {
-    if (view.defined() && view.shape[3] > 1 && view.strides[3] != 1) {
-      fail(name, "a contiguous last dimension", fmt::format("stride {}", view.strides[3]),
-           "call .contiguous()");
-    }
-  }
-
-  const char* op_;
+  const Plan& plan_;
   const Problem& problem_;
+  DType lse_dtype_;
 };
 
 struct FreeAligned {
@@ -112,12 +96,13 @@ class Scratch {
  public:
   Scratch(const ViewCheck& check, const Plan& plan, Pass pass, const Context& context)
       : context_(context) {
-    if (context_.parallel_for == nullptr) {
-      context_.parallel_for = &default_parallel_for();
+    const DeviceSpec& device = plan.problem().device;
+    if (device.kind == Device::kCpu) {
+      provide_threads(check, device);
     }
-    const std::int64_t bytes = plan.workspace_bytes(pass, context_.parallel_for->num_threads());
+    const std::int64_t bytes = plan.workspace_bytes(pass);
     const auto needed = static_cast<std::size_t>(bytes);
-    if (context_.workspace.empty()) {
+    if (context_.workspace.empty() && device.kind == Device::kCpu) {
       owned_.reset(new (std::align_val_t{kAlignment}) std::byte[needed]);
       context_.workspace = {owned_.get(), needed};
       return;
@@ -136,73 +121,90 @@ class Scratch {
   const Context& context() const { return context_; }
 
  private:
+  void provide_threads(const ViewCheck& check, const DeviceSpec& device) {
+    if (context_.parallel_for == nullptr) {
+      context_.parallel_for = &default_parallel_for();
+    }
+    const std::int64_t most =
+        device.units > 0 ? device.units : default_parallel_for().num_threads();
+    const int threads = context_.parallel_for->num_threads();
+    if (threads < 1 || threads > most) {
+      check.fail("parallel_for", fmt::format("1 to {} threads", most), fmt::format("{}", threads),
+                 "device.units of the problem says for how many threads the plan has scratch");
+    }
+  }
+
   Context context_;
   std::unique_ptr<std::byte[], FreeAligned> owned_;
 };
 
-void fill_zero(const TensorView& view) {
-  const auto bytes = static_cast<std::size_t>(view.shape[3] * size_of(view.dtype));
-  for (std::int64_t i = 0; i < view.shape[0]; ++i) {
-    for (std::int64_t j = 0; j < view.shape[1]; ++j) {
-      for (std::int64_t k = 0; k < view.shape[2]; ++k) {
-        const std::int64_t offset = i * view.strides[0] + j * view.strides[1] + k * view.strides[2];
-        std::memset(static_cast<std::byte*>(view.data) + offset * size_of(view.dtype), 0, bytes);
+}  // namespace
+
+void forward(const Plan& plan, const ForwardTensors& t, const Context& context) {
+  const Problem& problem = plan.problem();
+  const CallCheck check("forward", plan);
+  check.inputs(t.query, t.key, t.value, t.masks);
+  check.tokens("out", t.out, problem.query_rows(), problem.num_heads, true);
+  check.row_values("lse", t.lse, problem.query_rows());
+  if (t.lse_residual.defined()) {
+    check.row_values("lse_residual", t.lse_residual, problem.query_rows());
+  }
+  if (t.branch_out.defined() || t.branch_lse.defined()) {
+    check.branches(t.branch_out, t.branch_lse);
+  }
+  check.outputs({{"out", t.out},
+                 {"lse", t.lse},
+                 {"lse_residual", t.lse_residual},
+                 {"branch_out", t.branch_out},
+                 {"branch_lse", t.branch_lse}},
+                {{"query", t.query}, {"key", t.key}, {"value", t.value}});
+  const Scratch scratch(check, plan, Pass::kForward, context);
+  if (problem.batch * problem.query_rows() * problem.num_heads > 0) {
+    plan.backend().forward(plan, t, scratch.context());
+  }
+}
+
+void backward(const Plan& plan, const BackwardTensors& t, const Context& context) {
+  const Problem& problem = plan.problem();
+  const CallCheck check("backward", plan);
+  const std::int64_t query_rows = problem.query_rows();
+  const std::int64_t key_rows = problem.key_rows();
+  check.tokens("dout", t.dout, query_rows, problem.num_heads, true);
+  if (t.dlse.defined()) {
+    check.row_values("dlse", t.dlse, query_rows);
+  }
+  check.inputs(t.query, t.key, t.value, t.masks);
+  check.tokens("out", t.out, query_rows, problem.num_heads, true);
+  check.row_values("lse", t.lse, query_rows);
+  if (t.lse_residual.defined()) {
+    check.row_values("lse_residual", t.lse_residual, query_rows);
+  }
+  if (plan.needs_branch_outputs()) {
+    check.branches(t.branch_out, t.branch_lse);
+    for (const Sequence& sequence : plan.sequences()) {
+      if (sequence.keys != Range{0, sequence.length}) {
+        reject<Unsupported>("lse_grad",
+                            "true for gradients of windows that hold a part of the keys", "false",
+                            "detached merge weights need every branch's result over all keys");
       }
     }
   }
-}
-
-bool has_rows(const Problem& problem) {
-  return problem.batch > 0 && problem.seqlen > 0 && problem.num_heads > 0;
-}
-
-}  // namespace
-
-void forward(const Plan& plan, const ForwardTensors& tensors, const Context& context) {
-  const Problem& problem = plan.problem();
-  const ViewCheck check("forward", problem);
-  check.tokens("query", tensors.query, problem.num_heads);
-  check.tokens("key", tensors.key, problem.num_kv_heads);
-  check.tokens("value", tensors.value, problem.num_kv_heads);
-  check.tokens("out", tensors.out, problem.num_heads);
-  check.rows("lse", tensors.lse, problem.seqlen);
-  check.masks(tensors.masks);
-  if (tensors.branch_out.defined() || tensors.branch_lse.defined()) {
-    check.branch_rows("branch_out", tensors.branch_out, plan.branch_rows());
-    check.rows("branch_lse", tensors.branch_lse, plan.branch_rows());
-  }
-  if (has_rows(problem)) {
-    const Scratch scratch(check, plan, Pass::kForward, context);
-    plan.backend().forward(plan, tensors, scratch.context());
-  }
-}
-
-void backward(const Plan& plan, const BackwardTensors& tensors, const Context& context) {
-  const Problem& problem = plan.problem();
-  const ViewCheck check("backward", problem);
-  check.tokens("dout", tensors.dout, problem.num_heads);
-  if (tensors.dlse.defined()) {
-    check.rows("dlse", tensors.dlse, problem.seqlen);
-  }
-  check.tokens("query", tensors.query, problem.num_heads);
-  check.tokens("key", tensors.key, problem.num_kv_heads);
-  check.tokens("value", tensors.value, problem.num_kv_heads);
-  check.tokens("out", tensors.out, problem.num_heads);
-  check.rows("lse", tensors.lse, problem.seqlen);
-  if (plan.needs_branch_outputs()) {
-    check.branch_rows("branch_out", tensors.branch_out, plan.branch_rows());
-    check.rows("branch_lse", tensors.branch_lse, plan.branch_rows());
-  }
-  check.masks(tensors.masks);
-  check.tokens("dquery", tensors.dquery, problem.num_heads);
-  check.tokens("dkey", tensors.dkey, problem.num_kv_heads);
-  check.tokens("dvalue", tensors.dvalue, problem.num_kv_heads);
-  if (has_rows(problem)) {
-    const Scratch scratch(check, plan, Pass::kBackward, context);
-    plan.backend().backward(plan, tensors, scratch.context());
-  } else {  // no query head or no token: nothing flows back
-    fill_zero(tensors.dkey);
-    fill_zero(tensors.dvalue);
+  check.tokens("dquery", t.dquery, query_rows, problem.num_heads, true);
+  check.tokens("dkey", t.dkey, key_rows, problem.num_kv_heads, true);
+  check.tokens("dvalue", t.dvalue, key_rows, problem.num_kv_heads, true);
+  check.outputs({{"dquery", t.dquery}, {"dkey", t.dkey}, {"dvalue", t.dvalue}},
+                {{"dout", t.dout},
+                 {"dlse", t.dlse},
+                 {"query", t.query},
+                 {"key", t.key},
+                 {"value", t.value},
+                 {"out", t.out},
+                 {"lse", t.lse},
+                 {"branch_out", t.branch_out},
+                 {"branch_lse", t.branch_lse}});
+  const Scratch scratch(check, plan, Pass::kBackward, context);
+  if (problem.batch * (query_rows * problem.num_heads + key_rows * problem.num_kv_heads) > 0) {
+    plan.backend().backward(plan, t, scratch.context());
   }
 }
 

@@ -65,7 +65,7 @@ const Backend& select_backend(const Problem& problem, std::string_view forced_ar
     reasons += fmt::format("{}{}: {}", reasons.empty() ? "" : "; ", backend->name, reason);
   }
   raise<Unsupported>({"dilated_attention", "backend", "a back end that can run this problem",
-                      fmt::format("{} on {}", name_of(problem.dtype), name_of(problem.device)),
+                      fmt::format("{} on {}", name_of(problem.dtype), name_of(problem.device.kind)),
                       reasons});
 }
 

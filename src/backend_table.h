@@ -3,7 +3,7 @@
 #pragma once
 
 #include <array>
-#include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 
@@ -20,9 +20,10 @@ struct Backend {
   std::string (*description)();
   /// Empty: supports the problem. Else the reason.
   std::string (*rejects)(const Problem&);
-  std::int64_t (*workspace_bytes)(const Plan&, Pass, int threads);
+  /// Everything that is decided before tensors are seen; needs no device.
+  std::shared_ptr<const Decision> (*decide)(const Plan&);
   /// Called with checked views, `context.parallel_for` set and a `context.workspace` that is large
-  /// enough and 64-byte aligned. Never called with num_heads = 0 or an empty batch or sequence.
+  /// enough and 64-byte aligned. Never called without query heads, or without query and key rows.
   void (*forward)(const Plan&, const ForwardTensors&, const Context&);
   void (*backward)(const Plan&, const BackwardTensors&, const Context&);
 };

@@ -1,13 +1,21 @@
-// Dropout of attention probabilities: Philox4x32-10, one draw per (batch, head, branch, query,
-// key). A pure function of global indices, so tiles, threads and ranks agree and backward
+// Dropout of attention probabilities: Philox4x32-10, one draw per (sequence, head, branch, query,
+// key). A pure function of global indices, so tiles, threads, windows and ranks agree and backward
 // regenerates the mask.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace dilated {
 
-/// Key of one dropout stream. `stream` = (sequence * num_heads + head) * num_branches + branch.
+/// Number of the stream of one (sequence, head, branch); `head` counts in all heads of the model.
+constexpr std::uint64_t dropout_stream(std::int64_t sequence, std::int64_t head,
+                                       std::int64_t total_heads, std::size_t branch,
+                                       std::size_t num_branches) {
+  return static_cast<std::uint64_t>(sequence * total_heads + head) * num_branches + branch;
+}
+
+/// Key of one dropout stream.
 constexpr std::uint64_t dropout_key(std::uint64_t seed, std::uint64_t offset,
                                     std::uint64_t stream) {
   const auto mix = [](std::uint64_t z) {  // splitmix64 finaliser
@@ -44,5 +52,27 @@ constexpr std::uint32_t dropout_draw(std::uint64_t key, std::uint64_t p, std::ui
   }
   return c0;
 }
+
+/// Draws of one stream.
+class Dropout {
+ public:
+  constexpr Dropout(double p, std::uint64_t seed, std::uint64_t offset, std::uint64_t stream)
+      : key_(dropout_key(seed, offset, stream)),
+        threshold_(dropout_threshold(p)),
+        factor_(p < 1.0 ? 1.0 / (1.0 - p) : 0.0) {}
+
+  /// 1 / (1 - p) if the probability of this pair is kept, else 0.
+  constexpr double operator()(std::int64_t query, std::int64_t key) const {
+    return dropout_draw(key_, static_cast<std::uint64_t>(query), static_cast<std::uint64_t>(key)) <
+                   threshold_
+               ? factor_
+               : 0.0;
+  }
+
+ private:
+  std::uint64_t key_;
+  std::uint64_t threshold_;
+  double factor_;
+};
 
 }  // namespace dilated

@@ -8,11 +8,25 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "dilated/range.h"
+
 namespace dilated {
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return a / b + (a % b != 0 ? 1 : 0);
 }
+
+/// Rows of one class that a tensor holds: row i of the class, first <= i < last, is row
+/// origin + i * step of the tensor. (Also what a tensor map needs.)
+struct RowSpan {
+  std::int64_t origin;
+  std::int64_t step;
+  std::int64_t first;
+  std::int64_t last;
+
+  constexpr std::int64_t row(std::int64_t i) const { return origin + i * step; }
+  constexpr bool empty() const { return first >= last; }
+};
 
 /// One branch on one sequence of length n > 0.
 struct BranchGeometry {
@@ -35,9 +49,10 @@ struct BranchGeometry {
     const std::int64_t len = segment_length(s);
     return len > o ? ceil_div(len - o, dilation) : 0;
   }
-  /// Number of phantom keys z of residue o in segment s (tail = phantom, not causal).
-  constexpr std::int64_t phantoms(std::int64_t s, std::int64_t o) const {
-    return slots() - rows(s, o);
+  /// Number of phantom keys z of residue o in segment s (tail = phantom, not causal) that belong to
+  /// a window of keys: to the one that holds the segment's last position.
+  constexpr std::int64_t phantoms(std::int64_t s, std::int64_t o, Range keys) const {
+    return keys.contains(segment_begin(s) + segment_length(s) - 1) ? slots() - rows(s, o) : 0;
   }
   /// Position of row i of residue o in segment s.
   constexpr std::int64_t position(std::int64_t s, std::int64_t o, std::int64_t i) const {
@@ -53,10 +68,21 @@ struct BranchGeometry {
     const std::int64_t t = p - segment_begin(s) - o;
     return t <= 0 ? 0 : std::min(ceil_div(t, dilation), rows(s, o));
   }
-  /// Rows that this branch stores for the whole sequence in a compact buffer (any residue).
-  constexpr std::int64_t compact_rows() const {
-    const std::int64_t last = num_segments() - 1;
-    return last * slots() + ceil_div(segment_length(last), dilation);
+  /// The rows of residue o in segment s whose positions lie in `window`, in a tensor whose row
+  /// `row` is position window.begin.
+  constexpr RowSpan span(std::int64_t s, std::int64_t o, Range window, std::int64_t row) const {
+    return {row + segment_begin(s) + o - window.begin, dilation, first_row_at(s, o, window.begin),
+            first_row_at(s, o, window.end)};
+  }
+  /// Row i of segment s in a compact buffer of all rows of one residue, whichever it is.
+  constexpr std::int64_t slot(std::int64_t s, std::int64_t i) const { return s * slots() + i; }
+  /// First slot that a position >= p may use.
+  constexpr std::int64_t first_slot(std::int64_t p) const {
+    return slot(p / segment, p % segment / dilation);
+  }
+  /// Slots that the positions of `window` may use.
+  constexpr std::int64_t compact_rows(Range window) const {
+    return window.size() > 0 ? first_slot(window.end - 1) + 1 - first_slot(window.begin) : 0;
   }
 };
 

@@ -10,6 +10,37 @@ namespace dilated {
 template <typename Real>
 inline constexpr Real kAbsentLse = -std::numeric_limits<Real>::infinity();
 
+/// A sum of powers, base^max * sum; absent: max = -inf, sum = 0.
+template <typename Real>
+struct ScaledSum {
+  Real max = kAbsentLse<Real>;
+  Real sum = Real(0);
+};
+
+/// The sum of two, and the share of each in it. Differences of the maxima are exact where the sums
+/// matter, however large the maxima are.
+template <typename Real>
+struct MergedSums {
+  ScaledSum<Real> total;
+  Real first;
+  Real second;
+};
+
+/// `power(x)` is base^x. Absent operands get weight 0; two absent operands stay absent. 0.0 is a
+/// value like any other.
+template <typename Real, typename Power>
+inline MergedSums<Real> merge_sums(const ScaledSum<Real>& a, const ScaledSum<Real>& b,
+                                   const Power& power) {
+  const Real top = a.max > b.max ? a.max : b.max;
+  if (top == kAbsentLse<Real>) {
+    return {{}, Real(0), Real(0)};
+  }
+  const Real first = a.sum * power(a.max - top);
+  const Real second = b.sum * power(b.max - top);
+  const Real sum = first + second;
+  return {{top, sum}, first / sum, second / sum};
+}
+
 /// Weights of two partial results and the log-sum-exp of both together.
 template <typename Real>
 struct MergeWeights {
@@ -18,18 +49,12 @@ struct MergeWeights {
   Real second;
 };
 
-/// Absent operands (-inf) get weight 0; two absent operands stay absent. 0.0 is a value like any
-/// other.
+/// The same for log-sum-exps.
 template <typename Real>
 inline MergeWeights<Real> merge_weights(Real a, Real b) {
-  const Real top = a > b ? a : b;
-  if (top == kAbsentLse<Real>) {
-    return {top, Real(0), Real(0)};
-  }
-  const Real ea = std::exp(a - top);
-  const Real eb = std::exp(b - top);
-  const Real sum = ea + eb;
-  return {top + std::log(sum), ea / sum, eb / sum};
+  const auto merged = merge_sums(ScaledSum<Real>{a, Real(1)}, ScaledSum<Real>{b, Real(1)},
+                                 [](Real x) { return std::exp(x); });
+  return {merged.total.max + std::log(merged.total.sum), merged.first, merged.second};
 }
 
 }  // namespace dilated

@@ -14,12 +14,6 @@
 namespace dilated {
 namespace {
 
-[[noreturn]] void reject(std::string argument, std::string expected, std::string got,
-                         std::string hint = "") {
-  raise<InvalidProblem>({"dilated_attention", std::move(argument), std::move(expected),
-                         std::move(got), std::move(hint)});
-}
-
 /// Defaults that a preset's name stands for. `per_branch`: out_scale is 1 / number of branches.
 struct Preset {
   std::string_view name;
@@ -50,33 +44,52 @@ const Preset& preset_of(const Options& options) {
       return preset;
     }
   }
-  reject("preset", fmt::format("one of {}", fmt::join(preset_names(), ", ")), *options.preset);
-}
-
-template <typename Value>
-Value parse(const char* argument, std::string_view given,
-            std::initializer_list<std::pair<std::string_view, Value>> choices) {
-  std::vector<std::string_view> names;
-  for (const auto& [name, value] : choices) {
-    if (name == given) {
-      return value;
-    }
-    names.push_back(name);
-  }
-  reject(argument, fmt::format("one of {}", fmt::join(names, ", ")), std::string(given));
+  reject("preset", fmt::format("one of {}", fmt::join(option_names("preset"), ", ")),
+         *options.preset);
 }
 
 enum class Groups { kNone, kCumulative, kLiteral };
 enum class Rule { kPaper, kTorchscale, kBranch, kZero };
 
+/// What an option's names mean.
+template <typename Value, std::size_t kCount>
+using Choices = std::array<std::pair<std::string_view, Value>, kCount>;
+
+constexpr Choices<Rule, 4> kRules = {{{"paper", Rule::kPaper},
+                                      {"torchscale", Rule::kTorchscale},
+                                      {"branch", Rule::kBranch},
+                                      {"zero", Rule::kZero}}};
+constexpr Choices<Groups, 3> kGroups = {
+    {{"none", Groups::kNone}, {"cumulative", Groups::kCumulative}, {"literal", Groups::kLiteral}}};
+constexpr Choices<Merge, 3> kMerges = {
+    {{"lse", Merge::kLse}, {"sum", Merge::kSum}, {"mean", Merge::kMean}}};
+constexpr Choices<Tail, 2> kTails = {{{"mask", Tail::kMask}, {"phantom", Tail::kPhantom}}};
+/// Whether builders see the key/value head.
+constexpr Choices<bool, 2> kGqaOffsets = {{{"kv", true}, {"q", false}}};
+
+template <typename Value, std::size_t kCount>
+std::vector<std::string_view> names_of(const Choices<Value, kCount>& choices) {
+  std::vector<std::string_view> names;
+  for (const auto& choice : choices) {
+    names.push_back(choice.first);
+  }
+  return names;
+}
+
+template <typename Value, std::size_t kCount>
+Value parse(const char* argument, std::string_view given, const Choices<Value, kCount>& choices) {
+  for (const auto& [name, value] : choices) {
+    if (name == given) {
+      return value;
+    }
+  }
+  reject(argument, fmt::format("one of {}", fmt::join(names_of(choices), ", ")),
+         std::string(given));
+}
+
 std::string_view given_or(const std::optional<std::string>& given, std::string_view otherwise) {
   return given ? std::string_view(*given) : otherwise;
 }
-
-struct Range {
-  std::int64_t begin;
-  std::int64_t end;
-};
 
 /// Heads of group b: sizes floor(H/B) + [b < H mod B]; literal is fkodom's [b g_b, (b+1) g_b).
 Range group_range(Groups groups, std::int64_t b, std::int64_t num_branches,
@@ -104,6 +117,33 @@ std::int64_t residue(Rule rule, std::int64_t b, std::int64_t head, std::int64_t 
       return 0;
   }
   return 0;
+}
+
+/// The heads of the whole model, of which a call may hold a part.
+struct Heads {
+  std::int64_t total;
+  std::int64_t per_kv;  // query heads per kv head
+};
+
+/// Head counts that `validate` refuses are not reported here.
+Heads heads_of(const Options& options, std::int64_t num_heads, std::int64_t num_kv_heads) {
+  const std::int64_t total = options.total_heads.value_or(num_heads);
+  if (options.head_offset < 0 || options.head_offset > total - num_heads) {
+    reject("head_offset",
+           fmt::format("0 <= head_offset <= total_heads - num_heads = {}", total - num_heads),
+           fmt::format("{}", options.head_offset),
+           "the call's heads are [head_offset, head_offset + num_heads) of total_heads");
+  }
+  if (!options.total_kv_heads) {
+    const std::int64_t per_kv =
+        num_kv_heads > 0 ? std::max<std::int64_t>(1, num_heads / num_kv_heads) : 1;
+    return {total, per_kv};
+  }
+  if (*options.total_kv_heads < 1 || total % *options.total_kv_heads != 0) {
+    reject("total_kv_heads", fmt::format("a divisor of total_heads = {}", total),
+           fmt::format("{}", *options.total_kv_heads));
+  }
+  return {total, total / *options.total_kv_heads};
 }
 
 void check_lists(const Options& options) {
@@ -169,13 +209,30 @@ void check_row_shift(const Options& options, const Shapes& shapes) {
 
 }  // namespace
 
-std::vector<std::string_view> preset_names() {
-  std::vector<std::string_view> names;
-  names.reserve(std::size(kPresets));
-  for (const Preset& preset : kPresets) {
-    names.push_back(preset.name);
+std::vector<std::string_view> option_names(std::string_view option) {
+  if (option == "preset") {
+    std::vector<std::string_view> names;
+    for (const Preset& preset : kPresets) {
+      names.push_back(preset.name);
+    }
+    return names;
   }
-  return names;
+  if (option == "offsets") {
+    return names_of(kRules);
+  }
+  if (option == "groups") {
+    return names_of(kGroups);
+  }
+  if (option == "merge") {
+    return names_of(kMerges);
+  }
+  if (option == "tail") {
+    return names_of(kTails);
+  }
+  if (option == "gqa_offset") {
+    return names_of(kGqaOffsets);
+  }
+  reject("option", "preset, offsets, groups, merge, tail or gqa_offset", std::string(option));
 }
 
 bool uses_column_sums(const Options& options) { return preset_of(options).column_sums; }
@@ -185,10 +242,7 @@ std::vector<std::int64_t> build_offsets(const Options& options, std::int64_t num
   check_lists(options);
   const Preset& preset = preset_of(options);
   const auto num_branches = static_cast<std::int64_t>(options.segments.size());
-  const auto groups = parse<Groups>("groups", given_or(options.groups, preset.groups),
-                                    {{"none", Groups::kNone},
-                                     {"cumulative", Groups::kCumulative},
-                                     {"literal", Groups::kLiteral}});
+  const Groups groups = parse("groups", given_or(options.groups, preset.groups), kGroups);
   const bool has_table = options.offset_table.has_value();
   if (has_table && options.offsets) {
     reject("offsets", "a builder's name or a table", "both");
@@ -202,26 +256,21 @@ std::vector<std::int64_t> build_offsets(const Options& options, std::int64_t num
     reject("gqa_offset", "no value together with a table of offsets", *options.gqa_offset,
            "a table is per query head already");
   }
-  const auto rule = parse<Rule>("offsets", given_or(options.offsets, preset.offsets),
-                                {{"paper", Rule::kPaper},
-                                 {"torchscale", Rule::kTorchscale},
-                                 {"branch", Rule::kBranch},
-                                 {"zero", Rule::kZero}});
-  const bool by_kv_head =
-      parse<bool>("gqa_offset", given_or(options.gqa_offset, "kv"), {{"kv", true}, {"q", false}});
-  // A head count that num_kv_heads does not divide is reported by `validate`, not here.
-  const std::int64_t heads_per_kv =
-      by_kv_head && num_kv_heads > 0 ? std::max<std::int64_t>(1, num_heads / num_kv_heads) : 1;
+  const Rule rule = parse("offsets", given_or(options.offsets, preset.offsets), kRules);
+  const bool by_kv_head = parse("gqa_offset", given_or(options.gqa_offset, "kv"), kGqaOffsets);
+  const Heads heads = heads_of(options, num_heads, num_kv_heads);
+  const std::int64_t group = by_kv_head ? heads.per_kv : 1;
   std::vector<std::int64_t> offsets;
   for (std::int64_t b = 0; b < num_branches; ++b) {
-    const Range range = group_range(groups, b, num_branches, num_heads);
+    const Range range = group_range(groups, b, num_branches, heads.total);
     for (std::int64_t h = 0; h < num_heads; ++h) {
-      if (h < range.begin || h >= range.end) {
+      const std::int64_t head = options.head_offset + h;
+      if (!range.contains(head)) {
         offsets.push_back(-1);
       } else if (has_table) {
         offsets.push_back((*options.offset_table)[static_cast<std::size_t>(b * num_heads + h)]);
       } else {
-        offsets.push_back(residue(rule, b, h / heads_per_kv, num_heads / heads_per_kv,
+        offsets.push_back(residue(rule, b, head / group, heads.total / group,
                                   options.dilations[static_cast<std::size_t>(b)]));
       }
     }
@@ -239,30 +288,32 @@ Problem make_problem(const Options& options, const Shapes& shapes) {
                         fmt::format("{} sequences", shapes.cu_seqlens.size() - 1),
                         "its column sums run over one sequence; call once per sequence"});
   }
-  if (preset.name == "fork" && shapes.num_heads < static_cast<std::int64_t>(num_branches)) {
+  const std::int64_t total_heads = options.total_heads.value_or(shapes.num_heads);
+  if (preset.name == "fork" && total_heads < static_cast<std::int64_t>(num_branches)) {
     reject("num_heads", fmt::format(">= number of branches = {} with preset 'fork'", num_branches),
-           fmt::format("{}", shapes.num_heads));
+           fmt::format("{}", total_heads));
   }
   Problem problem;
   problem.device = shapes.device;
   problem.dtype = shapes.dtype;
+  problem.alignment = shapes.alignment;
   problem.batch = shapes.batch;
   problem.seqlen = shapes.seqlen;
   problem.num_heads = shapes.num_heads;
   problem.num_kv_heads = shapes.num_kv_heads;
   problem.head_dim = shapes.head_dim;
-  problem.merge =
-      parse<Merge>("merge", given_or(options.merge, preset.merge),
-                   {{"lse", Merge::kLse}, {"sum", Merge::kSum}, {"mean", Merge::kMean}});
+  problem.head_offset = options.head_offset;
+  problem.total_heads = options.total_heads.value_or(0);
+  problem.merge = parse("merge", given_or(options.merge, preset.merge), kMerges);
   problem.out_scale = options.out_scale.value_or(
       preset.mean_over_branches ? 1.0 / static_cast<double>(num_branches) : 1.0);
   problem.lse_grad = options.lse_grad.value_or(preset.lse_grad);
-  problem.tail = parse<Tail>("tail", given_or(options.tail, preset.tail),
-                             {{"mask", Tail::kMask}, {"phantom", Tail::kPhantom}});
+  problem.tail = parse("tail", given_or(options.tail, preset.tail), kTails);
   problem.is_causal = options.is_causal;
   problem.scale = options.scale;
   problem.dropout_p = options.dropout_p;
   problem.cu_seqlens = shapes.cu_seqlens;
+  problem.windows = shapes.windows;
   problem.has_key_mask = shapes.has_key_mask;
   problem.has_seqused = shapes.has_seqused;
   const std::vector<std::int64_t> offsets =

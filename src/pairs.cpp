@@ -1,89 +1,106 @@
-// What a problem attends to, counted and as a table: pair counts in closed form, patterns by
-// definition.
+// How many pairs a problem attends to, in closed form.
+#include <algorithm>
+#include <map>
+
 #include <fmt/format.h>
 
 #include "dilated/error.h"
 #include "dilated/problem.h"
 
 #include "src/geometry.h"
+#include "src/sequences.h"
 
 namespace dilated {
 namespace {
 
-std::int64_t pairs_of_rows(std::int64_t rows, bool is_causal) {
-  return is_causal ? rows * (rows + 1) / 2 : rows * rows;
+/// A sum that knows when 64 bits do not hold it: the integer wraps, the double does not.
+struct Count {
+  std::uint64_t exact = 0;
+  double rounded = 0.0;
+
+  void add(std::int64_t times, std::int64_t a, std::int64_t b) {
+    exact += static_cast<std::uint64_t>(times) * static_cast<std::uint64_t>(a) *
+             static_cast<std::uint64_t>(b);
+    rounded += static_cast<double>(times) * static_cast<double>(a) * static_cast<double>(b);
+  }
+  /// times * (1 + 2 + ... + n)
+  void add_triangle(std::int64_t times, std::int64_t n) {
+    n % 2 == 0 ? add(times, n / 2, n + 1) : add(times, n, (n + 1) / 2);
+  }
+};
+
+/// `times` segments in which queries [q.first, q.last) meet keys [k.first, k.last) of one class.
+void add_segment(Count& count, std::int64_t times, const RowSpan& q, const RowSpan& k,
+                 bool is_causal) {
+  if (q.empty() || k.empty()) {
+    return;
+  }
+  if (!is_causal) {
+    count.add(times, q.last - q.first, k.last - k.first);
+    return;
+  }
+  // Queries before k.first see nothing, query i < k.last sees i + 1 - k.first keys, later ones all.
+  const std::int64_t first = std::clamp(q.first, k.first, k.last);
+  const std::int64_t last = std::clamp(q.last, k.first, k.last);
+  count.add_triangle(times, last - k.first);
+  count.add_triangle(-times, first - k.first);
+  count.add(times, q.last - std::clamp(k.last, q.first, q.last), k.last - k.first);
 }
 
-/// Pairs of one head in one branch on one sequence: all segments but the last are alike.
-std::int64_t pairs_of_head(const BranchGeometry& geometry, std::int64_t offset, bool is_causal) {
-  const std::int64_t last = geometry.num_segments() - 1;
-  return last * pairs_of_rows(last > 0 ? geometry.rows(0, offset) : 0, is_causal) +
-         pairs_of_rows(geometry.rows(last, offset), is_causal);
+/// Pairs of one head in one branch on one sequence. Segments that lie wholly in both windows are
+/// alike; the others hold an end of a window or of the sequence.
+void add_head(Count& count, std::int64_t heads, const BranchGeometry& geometry, std::int64_t offset,
+              const Sequence& sequence, bool is_causal) {
+  const auto segment = [&](std::int64_t times, std::int64_t s) {
+    add_segment(count, times, geometry.span(s, offset, sequence.queries, 0),
+                geometry.span(s, offset, sequence.keys, 0), is_causal);
+  };
+  const Range both = {std::max(sequence.queries.begin, sequence.keys.begin),
+                      std::min(sequence.queries.end, sequence.keys.end)};
+  const std::int64_t first_whole = ceil_div(both.begin, geometry.segment);
+  const std::int64_t end_whole = std::max(both.end / geometry.segment, first_whole);
+  if (first_whole < end_whole) {
+    segment(heads * (end_whole - first_whole), first_whole);
+  }
+  const std::int64_t begin = both.begin / geometry.segment;
+  const std::int64_t end = both.end > 0 ? ceil_div(both.end, geometry.segment) : 0;
+  for (std::int64_t s = begin; s < std::min(first_whole, end); ++s) {
+    segment(heads, s);
+  }
+  for (std::int64_t s = end_whole; s < end; ++s) {
+    segment(heads, s);
+  }
 }
 
 }  // namespace
 
 std::vector<std::int64_t> count_pairs(const Problem& problem) {
   validate(problem);
-  std::vector<std::int64_t> lengths;
-  std::int64_t repeats = 1;
-  if (problem.cu_seqlens.empty()) {
-    lengths = {problem.seqlen};
-    repeats = problem.batch;
-  } else {
-    for (std::size_t s = 1; s < problem.cu_seqlens.size(); ++s) {
-      lengths.push_back(problem.cu_seqlens[s] - problem.cu_seqlens[s - 1]);
-    }
-  }
+  const std::vector<Sequence> sequences = sequences_of(problem);
   std::vector<std::int64_t> counts;
-  for (const Branch& branch : problem.branches) {
-    std::int64_t count = 0;
-    for (const std::int64_t length : lengths) {
-      if (length == 0) {
-        continue;
-      }
-      const BranchGeometry geometry(length, branch.segment, branch.dilation);
-      for (const std::int64_t offset : branch.offsets) {
-        count += offset < 0 ? 0 : pairs_of_head(geometry, offset, problem.is_causal);
-      }
+  for (std::size_t b = 0; b < problem.branches.size(); ++b) {
+    const Branch& branch = problem.branches[b];
+    std::map<std::int64_t, std::int64_t> heads_of_offset;
+    for (const std::int64_t offset : branch.offsets) {
+      ++heads_of_offset[offset];
     }
-    counts.push_back(count * repeats);
-  }
-  return counts;
-}
-
-std::vector<std::int32_t> attention_pattern(const Problem& problem, std::int64_t head) {
-  validate(problem);
-  if (!problem.cu_seqlens.empty() || problem.seqlen > 4096) {
-    raise<InvalidProblem>(
-        {"attention_pattern", "seqlen", "<= 4096, not packed",
-         problem.cu_seqlens.empty() ? fmt::format("{}", problem.seqlen) : "cu_seqlens",
-         "the table has seqlen^2 entries"});
-  }
-  if (head < 0 || head >= problem.num_heads) {
-    raise<InvalidProblem>({"attention_pattern", "head",
-                           fmt::format("0 <= head < num_heads = {}", problem.num_heads),
-                           fmt::format("{}", head), ""});
-  }
-  const std::int64_t n = problem.seqlen;
-  std::vector<std::int32_t> table(static_cast<std::size_t>(n * n), 0);
-  for (const Branch& branch : problem.branches) {
-    const std::int64_t offset = branch.offsets[static_cast<std::size_t>(head)];
-    for (std::int64_t p = 0; p < n; ++p) {
-      const BranchGeometry geometry(n, branch.segment, branch.dilation);
-      if (!geometry.covers(p, offset)) {
-        continue;
-      }
-      const std::int64_t s = p / geometry.segment;
-      for (std::int64_t i = 0; i < geometry.rows(s, offset); ++i) {
-        const std::int64_t j = geometry.position(s, offset, i);
-        if (!problem.is_causal || j <= p) {
-          ++table[static_cast<std::size_t>(p * n + j)];
+    heads_of_offset.erase(-1);
+    Count count;
+    for (const Sequence& sequence : sequences) {
+      if (sequence.length > 0) {
+        const BranchGeometry geometry(sequence.length, branch.segment, branch.dilation);
+        for (const auto& [offset, heads] : heads_of_offset) {
+          add_head(count, heads, geometry, offset, sequence, problem.is_causal);
         }
       }
     }
+    if (count.rounded >= 0x1p63) {
+      reject(fmt::format("segments[{}]", b), "fewer than 2^63 query-key pairs",
+             fmt::format("{:.3g}", count.rounded), "no machine computes this branch");
+    }
+    counts.push_back(static_cast<std::int64_t>(count.exact));
   }
-  return table;
+  return counts;
 }
 
 }  // namespace dilated

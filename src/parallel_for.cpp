@@ -2,8 +2,7 @@
 #include "dilated/parallel_for.h"
 
 #include <algorithm>
-#include <exception>
-#include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -16,36 +15,24 @@ class ThreadsPerCall final : public ParallelFor {
     return static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
   }
 
-  void run(std::int64_t items, const Body& body) const override {
-    const std::int64_t threads = std::min<std::int64_t>(items, num_threads());
-    if (threads <= 1) {
-      if (items > 0) {
-        body(0, items, 0);
+  void run(int threads, const Body& body) const override {
+    std::vector<std::thread> workers;
+    workers.reserve(static_cast<std::size_t>(threads));
+    int started = 1;  // thread 0 is the caller's
+    try {
+      while (started < threads) {
+        workers.emplace_back(body, started);
+        ++started;
       }
-      return;
+    } catch (const std::system_error&) {  // no more threads to be had: the caller runs the rest
+      body(started++);
     }
-    std::mutex mutex;
-    std::exception_ptr first_error;
-    const auto share = [&](std::int64_t t) {
-      try {
-        body(items * t / threads, items * (t + 1) / threads, static_cast<int>(t));
-      } catch (...) {  // carried to the caller's thread and rethrown there
-        const std::lock_guard lock(mutex);
-        if (!first_error) {
-          first_error = std::current_exception();
-        }
-      }
-    };
-    {
-      std::vector<std::jthread> workers;
-      workers.reserve(static_cast<std::size_t>(threads - 1));
-      for (std::int64_t t = 1; t < threads; ++t) {
-        workers.emplace_back(share, t);
-      }
-      share(0);
-    }  // joined here
-    if (first_error) {
-      std::rethrow_exception(first_error);
+    body(0);
+    for (; started < threads; ++started) {
+      body(started);
+    }
+    for (std::thread& worker : workers) {
+      worker.join();
     }
   }
 };

@@ -1,6 +1,7 @@
 // Validation and printing of a Problem: the rules of semantics §2, each with its message.
 #include "dilated/problem.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include <fmt/format.h>
@@ -12,12 +13,9 @@ namespace dilated {
 namespace {
 
 constexpr std::int64_t kMaxSegment = std::int64_t{1} << 40;
-
-[[noreturn]] void reject(std::string argument, std::string expected, std::string got,
-                         std::string hint = "") {
-  raise<InvalidProblem>({"dilated_attention", std::move(argument), std::move(expected),
-                         std::move(got), std::move(hint)});
-}
+/// More than any address space: products of extents below it stay far from overflow.
+constexpr double kMaxBytes = 0x1p50;
+constexpr std::int64_t kMaxUnits = std::int64_t{1} << 20;
 
 void require_at_least(const char* argument, std::int64_t value, std::int64_t minimum) {
   if (value < minimum) {
@@ -43,11 +41,36 @@ void validate_shapes(const Problem& problem) {
            fmt::format("{}", problem.num_kv_heads),
            "query head h reads key/value head h / (num_heads / num_kv_heads)");
   }
-  const double elements = static_cast<double>(problem.batch) * static_cast<double>(problem.seqlen) *
-                          static_cast<double>(problem.num_heads) *
-                          static_cast<double>(problem.head_dim);
-  if (elements > 0x1p60) {
-    reject("query", "at most 2^60 elements", fmt::format("{:.3g}", elements));
+  if (problem.head_offset < 0 || problem.head_offset > problem.all_heads() - problem.num_heads) {
+    reject("head_offset",
+           fmt::format("0 <= head_offset <= total_heads - num_heads = {}",
+                       problem.all_heads() - problem.num_heads),
+           fmt::format("{}", problem.head_offset),
+           "the call's heads are [head_offset, head_offset + num_heads) of total_heads");
+  }
+  // Empty dimensions count as 1: the others enter sums and products of their own.
+  double bytes = static_cast<double>(size_of(problem.dtype));
+  for (const std::int64_t extent :
+       {problem.batch, problem.seqlen, std::max(problem.num_heads, problem.num_kv_heads),
+        problem.head_dim}) {
+    bytes *= static_cast<double>(std::max<std::int64_t>(extent, 1));
+  }
+  if (bytes > kMaxBytes) {
+    reject("query", "at most 2^50 bytes", fmt::format("{:.3g}", bytes),
+           "no memory could hold the tensors");
+  }
+}
+
+void validate_device(const Problem& problem) {
+  const DeviceSpec& device = problem.device;
+  require_at_least("device.index", device.index, 0);
+  require_at_least("device.capability", device.capability, 0);
+  if (device.units < 0 || device.units > kMaxUnits) {
+    reject("device.units", "0 <= units <= 2^20 threads or multiprocessors",
+           fmt::format("{}", device.units), "0: as many as the hardware has");
+  }
+  if (problem.alignment < 0 || (problem.alignment & (problem.alignment - 1)) != 0) {
+    reject("alignment", "0 (unknown) or a power of two", fmt::format("{}", problem.alignment));
   }
 }
 
@@ -109,7 +132,65 @@ void validate_cu_seqlens(const Problem& problem) {
   }
 }
 
+void validate_range(const std::string& name, const Range& range, std::int64_t length) {
+  if (range.begin < 0 || range.begin > range.end || range.end > length) {
+    reject(name, fmt::format("0 <= begin <= end <= sequence length {}", length),
+           fmt::format("[{}, {})", range.begin, range.end));
+  }
+}
+
+void validate_windows(const Problem& problem) {
+  const std::vector<Window>& windows = problem.windows;
+  if (windows.empty()) {
+    return;
+  }
+  if (static_cast<std::int64_t>(windows.size()) != problem.num_sequences()) {
+    reject("windows", fmt::format("one per sequence, {}", problem.num_sequences()),
+           fmt::format("{}", windows.size()));
+  }
+  const bool packed = !problem.cu_seqlens.empty();
+  for (std::size_t s = 0; s < windows.size(); ++s) {
+    const std::int64_t length =
+        packed ? problem.cu_seqlens[s + 1] - problem.cu_seqlens[s] : problem.seqlen;
+    validate_range(fmt::format("windows[{}].queries", s), windows[s].queries, length);
+    validate_range(fmt::format("windows[{}].keys", s), windows[s].keys, length);
+    if (!packed && (windows[s].queries.size() != windows[0].queries.size() ||
+                    windows[s].keys.size() != windows[0].keys.size())) {
+      reject(
+          fmt::format("windows[{}]", s), "as many rows as windows[0], unless packed",
+          fmt::format("{} queries and {} keys", windows[s].queries.size(), windows[s].keys.size()));
+    }
+  }
+  if (problem.merge != Merge::kLse) {
+    reject<Unsupported>("merge", "lse with windows", std::string(name_of(problem.merge)),
+                        "results of windows are merged by their log-sum-exps, which say nothing "
+                        "about the single branches");
+  }
+}
+
+std::int64_t rows_of(const Problem& problem, Range Window::* side) {
+  if (problem.windows.empty()) {
+    return problem.seqlen;
+  }
+  if (problem.cu_seqlens.empty()) {
+    return (problem.windows.front().*side).size();
+  }
+  std::int64_t rows = 0;
+  for (const Window& window : problem.windows) {
+    rows += (window.*side).size();
+  }
+  return rows;
+}
+
 }  // namespace
+
+std::int64_t Problem::num_sequences() const {
+  return cu_seqlens.empty() ? batch : static_cast<std::int64_t>(cu_seqlens.size()) - 1;
+}
+
+std::int64_t Problem::query_rows() const { return rows_of(*this, &Window::queries); }
+
+std::int64_t Problem::key_rows() const { return rows_of(*this, &Window::keys); }
 
 std::string_view name_of(Merge merge) {
   switch (merge) {
@@ -126,9 +207,11 @@ std::string_view name_of(Merge merge) {
 std::string_view name_of(Tail tail) { return tail == Tail::kMask ? "mask" : "phantom"; }
 
 void validate(const Problem& problem) {
+  validate_device(problem);
   validate_shapes(problem);
   validate_branches(problem);
   validate_cu_seqlens(problem);
+  validate_windows(problem);
   require_finite("out_scale", problem.out_scale);
   if (problem.scale) {
     require_finite("scale", *problem.scale);
@@ -142,12 +225,34 @@ void validate(const Problem& problem) {
   }
 }
 
+namespace {
+
+std::string text_of(const DeviceSpec& device) {
+  std::string text(name_of(device.kind));
+  if (device.kind == Device::kCuda) {
+    text += fmt::format(":{}, capability {}.{}", device.index, device.capability / 10,
+                        device.capability % 10);
+  }
+  if (device.units > 0) {
+    text += fmt::format(", {} {}", device.units,
+                        device.kind == Device::kCuda ? "multiprocessors" : "threads");
+  }
+  return text;
+}
+
+}  // namespace
+
 std::string to_string(const Problem& problem) {
   std::string text = fmt::format(
-      "device        {}\ndtype         {}\nbatch         {}\nseqlen        {}\nnum_heads     {}\n"
-      "num_kv_heads  {}\nhead_dim      {}\n",
-      name_of(problem.device), name_of(problem.dtype), problem.batch, problem.seqlen,
-      problem.num_heads, problem.num_kv_heads, problem.head_dim);
+      "device        {}\ndtype         {}\nalignment     {}\nbatch         {}\nseqlen        {}\n"
+      "num_heads     {}\nnum_kv_heads  {}\nhead_dim      {}\n",
+      text_of(problem.device), name_of(problem.dtype),
+      problem.alignment == 0 ? std::string("unknown") : fmt::format("{} bytes", problem.alignment),
+      problem.batch, problem.seqlen, problem.num_heads, problem.num_kv_heads, problem.head_dim);
+  if (problem.total_heads != 0) {
+    text += fmt::format("heads         {} to {} of {}\n", problem.head_offset,
+                        problem.head_offset + problem.num_heads - 1, problem.total_heads);
+  }
   for (std::size_t b = 0; b < problem.branches.size(); ++b) {
     const Branch& branch = problem.branches[b];
     text += fmt::format("branch {:<6} segment {}, dilation {}, offsets [{}]\n", b, branch.segment,
@@ -163,6 +268,14 @@ std::string to_string(const Problem& problem) {
       problem.cu_seqlens.empty() ? std::string("none")
                                  : fmt::format("{} sequences", problem.cu_seqlens.size() - 1),
       problem.has_key_mask, problem.has_seqused);
+  for (std::size_t w = 0; w < std::min<std::size_t>(problem.windows.size(), 8); ++w) {
+    const Window& window = problem.windows[w];
+    text += fmt::format("window {:<6} queries [{}, {}), keys [{}, {})\n", w, window.queries.begin,
+                        window.queries.end, window.keys.begin, window.keys.end);
+  }
+  if (problem.windows.size() > 8) {
+    text += fmt::format("              and {} windows more\n", problem.windows.size() - 8);
+  }
   return text;
 }
 

@@ -1,10 +1,11 @@
-// M13 and requirement 1: the same bits for two runs, for any number of threads, and from many host
+// M13 and R1: the same bits for two runs, for any number of threads, and from many host
 // threads that share one Plan. Meant for the thread sanitizer too.
 #include <algorithm>
 #include <thread>
 
 #include <gtest/gtest.h>
 
+#include "src/hand_out.h"
 #include "tests/support/random_problem.h"
 #include "tests/support/threads.h"
 
@@ -78,7 +79,7 @@ TEST(Determinism, M13TheSameBitsTwiceAndOnAnyNumberOfThreads) {
   }
 }
 
-TEST(Determinism, OnePlanIsSharedByManyHostThreads) {  // requirements 1 and 18
+TEST(Determinism, OnePlanIsSharedByManyHostThreads) {  // R1, R18
   for (const Subject& subject : subjects()) {
     const Plan plan = make_plan(subject.problem, subject.backend);
     const Inputs inputs = make_inputs(subject.problem, {.amplitude = 1.0, .with_dlse = true});
@@ -86,7 +87,7 @@ TEST(Determinism, OnePlanIsSharedByManyHostThreads) {  // requirements 1 and 18
     const Results expected = testing::run(plan, inputs, {subject.backend, &one});
     std::vector<std::string> differences(8, "not run");
     {
-      std::vector<std::jthread> hosts;
+      std::vector<std::thread> hosts;
       for (std::string& text : differences) {
         hosts.emplace_back([&] {
           text = "";
@@ -94,6 +95,9 @@ TEST(Determinism, OnePlanIsSharedByManyHostThreads) {  // requirements 1 and 18
             text = bit_difference(testing::run(plan, inputs, {subject.backend, &one}), expected);
           }
         });
+      }
+      for (std::thread& host : hosts) {
+        host.join();
       }
     }
     for (const std::string& text : differences) {
@@ -103,19 +107,20 @@ TEST(Determinism, OnePlanIsSharedByManyHostThreads) {  // requirements 1 and 18
 }
 
 TEST(Determinism, AnExceptionOfAWorkerReachesTheCaller) {
-  const ParallelFor& parallel_for = default_parallel_for();
-  EXPECT_THROW(parallel_for.run(100, [](std::int64_t, std::int64_t,
-                                        int) { throw std::runtime_error("worker"); }),
-               std::runtime_error);
+  const ParallelFor& threads = default_parallel_for();
+  EXPECT_THROW(
+      hand_out(threads, 100,
+               [](std::int64_t, std::int64_t, int) { throw std::runtime_error("worker"); }),
+      std::runtime_error);
   std::vector<int> visits(1000, 0);
-  parallel_for.run(1000, [&](std::int64_t begin, std::int64_t end, int thread) {
-    EXPECT_LT(thread, parallel_for.num_threads());
+  hand_out(threads, 1000, [&](std::int64_t begin, std::int64_t end, int thread) {
+    EXPECT_LT(thread, threads.num_threads());
     for (std::int64_t i = begin; i < end; ++i) {
       ++visits[static_cast<std::size_t>(i)];
     }
   });
   EXPECT_EQ(visits, std::vector<int>(1000, 1));
-  parallel_for.run(0, [](std::int64_t, std::int64_t, int) { FAIL(); });
+  hand_out(threads, 0, [](std::int64_t, std::int64_t, int) { FAIL(); });
 }
 
 }  // namespace

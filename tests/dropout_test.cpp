@@ -1,4 +1,4 @@
-// M16, requirement 5: the dropout mask is read back through the operator and put into the
+// M16, R5: the dropout mask is read back through the operator and put into the
 // definition; the mean over seeds is the result without dropout; p = 1 gives zeros; the log-sum-exp
 // never moves.
 #include "src/dropout.h"
@@ -32,15 +32,13 @@ TEST(Dropout, M16TheMaskReadBackIsTheOneOfTheDefinition) {
     inputs.query.fill(0.0);
     inputs.value.for_each(
         [&](auto i, auto j, auto h, auto c) { inputs.value.set(i, j, h, c, j == c ? 1.0 : 0.0); });
-    inputs.dropout_seed = 123456789012345;
-    inputs.dropout_offset = 77;
+    inputs.dropout_state = {123456789012345, 77};
     const Results got = testing::run(problem, inputs, {.backend = backend});
     std::int64_t kept = 0;
     got.out.for_each([&](auto b, auto p, auto h, auto j) {
       const std::uint64_t stream = static_cast<std::uint64_t>(b * 2 + h);
       const bool keep =
-          dropout_draw(dropout_key(inputs.dropout_seed, inputs.dropout_offset, stream),
-                       static_cast<std::uint64_t>(p),
+          dropout_draw(dropout_key(123456789012345, 77, stream), static_cast<std::uint64_t>(p),
                        static_cast<std::uint64_t>(j)) < dropout_threshold(kP);
       kept += keep;
       ASSERT_NEAR(got.out.at(b, p, h, j), keep ? 1.0 / (kLength * (1.0 - kP)) : 0.0, 1e-8)
@@ -87,7 +85,7 @@ TEST(Dropout, TheMeanOverSeedsIsTheResultWithoutDropout) {
   sum.fill(0.0);
   squares.fill(0.0);
   for (int seed = 0; seed < kSeeds; ++seed) {
-    inputs.dropout_seed = static_cast<std::uint64_t>(seed);
+    inputs.dropout_state[0] = seed;
     const Results got = testing::run(plan, inputs, {.backend = "cpu"});
     sum.for_each([&](auto i, auto p, auto h, auto c) {
       const double x = got.out.at(i, p, h, c);
@@ -119,7 +117,7 @@ TEST(Dropout, EverythingDroppedGivesZeros) {
 }
 
 TEST(Dropout,
-     HalfOfManyKeysNeverDropsAWholeRow) {  // requirement 5: V = 1, p = 0.5, at least 64 keys
+     HalfOfManyKeysNeverDropsAWholeRow) {  // R5: V = 1, p = 0.5, at least 64 keys
   Problem problem = testing::paper_problem(256, 2, 4, {{64, 1}});
   problem.dropout_p = 0.5;
   Inputs inputs = make_inputs(problem, {.amplitude = 0.5});
@@ -135,10 +133,10 @@ TEST(Dropout, SeedAndOffsetChooseTheMask) {  // X3
   const Results first = testing::run(problem, inputs, {.backend = "cpu"});
   EXPECT_EQ(bit_difference(testing::run(problem, inputs, {.backend = "cpu"}), first), "");
   Inputs other = inputs;
-  other.dropout_seed += 1;
+  other.dropout_state[0] += 1;
   EXPECT_NE(bit_difference(testing::run(problem, other, {.backend = "cpu"}), first), "");
   other = inputs;
-  other.dropout_offset += 1;
+  other.dropout_state[1] += 1;
   EXPECT_NE(bit_difference(testing::run(problem, other, {.backend = "cpu"}), first), "");
 }
 

@@ -1,4 +1,4 @@
-// Requirement 8 and 14: a table of empty and extreme problems, forward and backward: right shape,
+// R8 and 14: a table of empty and extreme problems, forward and backward: right shape,
 // zeros, L = -inf.
 #include <functional>
 #include <limits>
@@ -105,7 +105,7 @@ TEST(Empty, SequencesOfLengthZeroAndOneAmongOthers) {
   }
 }
 
-TEST(Empty, ASegmentLongerThanTheSequenceActsAsOne) {  // T5, requirement 14: w = 2^40 equals w = n
+TEST(Empty, ASegmentLongerThanTheSequenceActsAsOne) {  // T5, R14: w = 2^40 equals w = n
   for (const char* backend : {"cpu", "reference"}) {
     for (const Merge merge : {Merge::kLse, Merge::kSum}) {
       Problem huge = testing::paper_problem(

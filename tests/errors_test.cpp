@@ -1,5 +1,5 @@
-// Requirement 15: a table of every violation, with kind, argument and the whole message compared.
-// Requirement 7, X2: forced back ends that cannot run are errors, never fallbacks.
+// R15: a table of every violation, with kind, argument and the whole message compared.
+// R7, X2: forced back ends that cannot run are errors, never fallbacks.
 #include <cstdlib>
 #include <functional>
 #include <limits>
@@ -81,11 +81,56 @@ TEST(Errors, EveryRuleOfAProblem) {
               "(num_heads / "
               "num_kv_heads))",
               [](Problem& p) { p.num_kv_heads = 0; }),
-      invalid("query", "expected at most 2^60 elements, got 5.9e+20",
+      invalid("query",
+              "expected at most 2^50 bytes, got 2.36e+21 (no memory could hold the tensors)",
               [](Problem& p) {
                 p.seqlen = std::int64_t{1} << 61;
                 p.batch = 8;
               }),
+      invalid("query",
+              "expected at most 2^50 bytes, got 2.95e+20 (no memory could hold the tensors)",
+              [](Problem& p) {  // an empty dimension does not excuse another one
+                p.seqlen = std::int64_t{1} << 61;
+                p.batch = 0;
+              }),
+      invalid("head_offset",
+              "expected 0 <= head_offset <= total_heads - num_heads = 4, got 5 (the call's heads "
+              "are [head_offset, head_offset + num_heads) of total_heads)",
+              [](Problem& p) {
+                p.total_heads = 8;
+                p.head_offset = 5;
+              }),
+      invalid("device.units",
+              "expected 0 <= units <= 2^20 threads or multiprocessors, got -1 (0: as many as the "
+              "hardware has)",
+              [](Problem& p) { p.device.units = -1; }),
+      invalid("device.units",
+              "expected 0 <= units <= 2^20 threads or multiprocessors, got 4294967296 (0: as many "
+              "as the hardware has)",
+              [](Problem& p) { p.device.units = std::int64_t{1} << 32; }),
+      invalid("alignment", "expected 0 (unknown) or a power of two, got 12",
+              [](Problem& p) { p.alignment = 12; }),
+      invalid("windows", "expected one per sequence, 1, got 2",
+              [](Problem& p) { p.windows = {{{0, 4}, {0, 4}}, {{0, 4}, {0, 4}}}; }),
+      invalid("windows[0].queries", "expected 0 <= begin <= end <= sequence length 16, got [3, 17)",
+              [](Problem& p) { p.windows = {{{3, 17}, {0, 4}}}; }),
+      invalid("windows[0].keys", "expected 0 <= begin <= end <= sequence length 16, got [5, 4)",
+              [](Problem& p) { p.windows = {{{3, 7}, {5, 4}}}; }),
+      invalid("windows[1]",
+              "expected as many rows as windows[0], unless packed, got 3 queries and 4 keys",
+              [](Problem& p) {
+                p.batch = 2;
+                p.windows = {{{3, 7}, {0, 4}}, {{3, 6}, {0, 4}}};
+              }),
+      {"Unsupported", "dilated_attention", "merge",
+       "expected lse with windows, got sum (results of windows are merged by their log-sum-exps, "
+       "which say nothing about the single branches)",
+       [] {
+         Problem problem = testing::paper_problem(16, 4, 8, {{4, 1}, {8, 2}});
+         problem.merge = Merge::kSum;
+         problem.windows = {{{0, 4}, {0, 4}}};
+         validate(problem);
+       }},
       invalid("segments", "expected at least one branch, got none",
               [](Problem& p) { p.branches.clear(); }),
       invalid("segments[1]", "expected 1 <= segment <= 2^40, got 0" + long_hint,
@@ -286,7 +331,7 @@ ErrorRow view(std::string op, std::string argument, std::string message,
             call.dkey = Tensor(problem.dtype, k.shape());
             call.dvalue = call.dkey;
             call.branch_out = Tensor(DType::kFloat32, {1, 4, plan.branch_rows(), 8});
-            call.branch_lse = Tensor(DType::kFloat32, {1, 4, plan.branch_rows(), 1});
+            call.branch_lse = Tensor(DType::kFloat32, {1, 4, plan.branch_rows(), 2});
             const Call& constant = call;
             call.forward_tensors = {constant.inputs.query.view(),
                                     constant.inputs.key.view(),
@@ -294,6 +339,7 @@ ErrorRow view(std::string op, std::string argument, std::string message,
                                     call.inputs.masks(problem),
                                     call.out.view(),
                                     call.lse.rows(),
+                                    {},
                                     {},
                                     {}};
             BackwardTensors& backward_tensors = call.backward_tensors;
@@ -304,7 +350,7 @@ ErrorRow view(std::string op, std::string argument, std::string message,
             backward_tensors.out = constant.out.view();
             backward_tensors.lse = constant.lse.rows();
             backward_tensors.branch_out = constant.branch_out.view();
-            backward_tensors.branch_lse = constant.branch_lse.rows();
+            backward_tensors.branch_lse = constant.branch_lse.view();
             backward_tensors.masks = call.inputs.masks(problem);
             backward_tensors.dquery = call.dquery.view();
             backward_tensors.dkey = call.dkey.view();
@@ -350,9 +396,32 @@ TEST(Errors, EveryViewThatDoesNotFitThePlan) {
              static const std::int64_t kLength = 3;
              c.forward_tensors.masks.seqused = &kLength;
            }),
-      view("forward", "branch_out", "expected shape (1, 4, 0, 8), got (1, 16, 4, 8)", same,
+      view(
+          "forward", "seqused[0]", "expected 0 <= length <= that of the sequence, 16, got 17",
+          [](Problem& p) { p.has_seqused = true; },
+          [](Call& c) {
+            static const std::int64_t kLength = 17;
+            c.forward_tensors.masks.seqused = &kLength;
+          }),
+      view(
+          "forward", "dropout_state", "expected (seed, offset) with dropout_p > 0, got none",
+          [](Problem& p) { p.dropout_p = 0.5; },
+          [](Call& c) { c.forward_tensors.masks.dropout_state = nullptr; }),
+      view("forward", "out",
+           "expected elements that do not share memory, got an expanded or overlapping view (give "
+           "it memory of its own)",
+           same, [](Call& c) { c.forward_tensors.out.strides[1] = 0; }),
+      view("forward", "out",
+           "expected memory apart from query, got overlapping memory (outputs are written while "
+           "inputs are read)",
+           same, [](Call& c) { c.forward_tensors.out = c.inputs.query.view(); }),
+      view("backward", "dkey",
+           "expected memory apart from dvalue, got overlapping memory (outputs are written while "
+           "inputs are read)",
+           same, [](Call& c) { c.backward_tensors.dvalue = c.dkey.view(); }),
+      view("forward", "branch_out", "expected shape (1, 4, 28, 8), got (1, 16, 4, 8)", same,
            [](Call& c) { c.forward_tensors.branch_out = c.out.view(); }),
-      view("forward", "branch_lse", "expected a tensor of shape (1, 4, 28), got none", sum,
+      view("forward", "branch_lse", "expected a tensor of shape (1, 4, 28, 2), got none", sum,
            [](Call& c) { c.forward_tensors.branch_out = c.branch_out.view(); }),
       view("backward", "dout", "expected a tensor of shape (1, 16, 4, 8), got none", same,
            [](Call& c) { c.backward_tensors.dout.data = nullptr; }),
@@ -378,7 +447,7 @@ TEST(Errors, PatternsHaveLimits) {
       {"InvalidProblem", "attention_pattern", "head", "expected 0 <= head < num_heads = 4, got 4",
        [&] { attention_pattern(problem, 4); }},
       {"InvalidProblem", "attention_pattern", "seqlen",
-       "expected <= 4096, not packed, got 4097 (the table has seqlen^2 entries)",
+       "expected <= 4096, neither packed nor windows, got 4097 (the table has seqlen^2 entries)",
        [&] { attention_pattern(longer, 0); }},
   });
 }
@@ -398,7 +467,7 @@ TEST_F(ForcedByEnvironment, ABackendThatCannotRunIsAnError) {
   halves.dtype = DType::kBFloat16;
   wide.head_dim = 257;
   Problem on_gpu = doubles;
-  on_gpu.device = Device::kCuda;
+  on_gpu.device.kind = Device::kCuda;
   on_gpu.dtype = DType::kBFloat16;
   const std::string expected = "expected a back end that can run this problem, got ";
   const std::string no_cuda = "this build contains no CUDA kernels";

@@ -73,7 +73,7 @@ std::optional<Row> row_of(const BranchGeometry& geometry, std::int64_t o, std::i
   for (std::int64_t i = 0; i < geometry.rows(s, o); ++i) {
     row.keys.push_back(geometry.position(s, o, i));
   }
-  row.phantoms = geometry.phantoms(s, o);
+  row.phantoms = geometry.phantoms(s, o, {0, geometry.length});
   return row;
 }
 
@@ -131,13 +131,14 @@ TEST(Geometry, FirstRowAtIsTheFirstPositionNotBefore) {
 TEST(Geometry, CompactRowsAreDistinctAndBounded) {
   for_every_small_branch([](auto n, auto w, auto r, auto o) {
     const BranchGeometry geometry(n, w, r);
-    ASSERT_LE(geometry.compact_rows(), std::min(n, n / r + n / w + 2)) << n << " " << w << " " << r;
+    ASSERT_LE(geometry.compact_rows({0, n}), std::min(n, n / r + n / w + 2))
+        << n << " " << w << " " << r;
     std::set<std::int64_t> rows;
     for (std::int64_t p = 0; p < n; ++p) {
       if (geometry.covers(p, o)) {
-        const std::int64_t row = p / geometry.segment * geometry.slots() + geometry.row_of(p);
+        const std::int64_t row = geometry.slot(p / geometry.segment, geometry.row_of(p));
         ASSERT_TRUE(rows.insert(row).second);
-        ASSERT_LT(row, geometry.compact_rows());
+        ASSERT_LT(row, geometry.compact_rows({0, n}));
       }
     }
   });
@@ -162,7 +163,7 @@ TEST(Geometry, BranchRowsOfAPlanHoldEverySequence) {
           continue;
         }
         const BranchGeometry geometry(n, problem.branches[b].segment, problem.branches[b].dilation);
-        for (std::int64_t row = 0; row < geometry.compact_rows(); ++row) {
+        for (std::int64_t row = 0; row < geometry.compact_rows({0, n}); ++row) {
           const std::int64_t at = plan.branch_row_begin(b, s) + row;
           EXPECT_TRUE(rows.insert(at).second) << "two branches share row " << at;
           EXPECT_LT(at, plan.branch_rows());

@@ -1,7 +1,7 @@
 // The oracle's 27 golden cases and digests (semantics §11): outputs and gradients of the reference
 // back end in float64 at 1e-12 * max(1, |x|); gradients of lse against the C++ restatement of the
 // oracle. tests/data holds copies of the specification's oracle/golden_dilated.json and
-// oracle/ref_dilated.py.
+// tests/data/ref_dilated.py.
 #include <algorithm>
 #include <cmath>
 #include <fstream>
@@ -113,28 +113,32 @@ double number(const json& item) {
   return item.is_null() ? -std::numeric_limits<double>::infinity() : item.get<double>();
 }
 
+const json& entry(const json& list, std::int64_t i) { return list[static_cast<std::size_t>(i)]; }
+
 /// JSON [position][head][channel] as (1, n, H, d).
 Tensor tokens(const json& rows, const Tensor& like) {
   Tensor tensor(DType::kFloat64, like.shape());
-  tensor.for_each(
-      [&](auto i, auto p, auto h, auto c) { tensor.set(i, p, h, c, number(rows[p][h][c])); });
+  tensor.for_each([&](auto i, auto p, auto h, auto c) {
+    tensor.set(i, p, h, c, number(entry(entry(entry(rows, p), h), c)));
+  });
   return tensor;
 }
 
 /// JSON [position][head] as (1, H, n, 1).
 Tensor rows_of(const json& rows, const Tensor& like) {
   Tensor tensor(DType::kFloat64, like.shape());
-  tensor.for_each(
-      [&](auto i, auto h, auto p, auto c) { tensor.set(i, h, p, c, number(rows[p][h])); });
+  tensor.for_each([&](auto i, auto h, auto p, auto c) {
+    tensor.set(i, h, p, c, number(entry(entry(rows, p), h)));
+  });
   return tensor;
 }
 
 /// sum_i x_i val(777, i) over (position, head, channel), -inf skipped.
 double digest(const Tensor& tensor, bool is_lse) {
   double sum = 0.0;
-  const auto [batch, first, second, channels] = tensor.shape();
+  const auto& shape = tensor.shape();
   tensor.for_each([&](auto i, auto j, auto k, auto c) {
-    const std::int64_t index = is_lse ? k * first + j : (j * second + k) * channels + c;
+    const std::int64_t index = is_lse ? k * shape[1] + j : (j * shape[2] + k) * shape[3] + c;
     const double x = tensor.at(i, j, k, c);
     sum += std::isinf(x) ? 0.0 : x * testing::val(777, static_cast<std::uint64_t>(index));
   });

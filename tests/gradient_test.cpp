@@ -30,24 +30,27 @@ double objective(const Problem& problem, const Inputs& inputs) {
 
 void expect_finite_differences_agree(const Problem& problem, const Inputs& inputs) {
   const Results got = testing::run(problem, inputs, {.backend = "reference"});
-  const std::pair<Tensor Inputs::*, Tensor Results::*> pairs[] = {
-      {&Inputs::query, &Results::dquery},
-      {&Inputs::key, &Results::dkey},
-      {&Inputs::value, &Results::dvalue}};
-  for (const auto& [input, gradient] : pairs) {
+  struct Pair {
+    Tensor Inputs::* input;
+    Tensor Results::* gradient;
+  };
+  const Pair pairs[] = {{&Inputs::query, &Results::dquery},
+                        {&Inputs::key, &Results::dkey},
+                        {&Inputs::value, &Results::dvalue}};
+  for (const Pair& pair : pairs) {
     const auto shifted = [&](double step) {
       Inputs moved = inputs;
       std::uint64_t index = 0;
-      (moved.*input).for_each([&](auto i, auto p, auto h, auto c) {
-        (moved.*input)
-            .set(i, p, h, c, (moved.*input).at(i, p, h, c) + step * testing::val(50, index++));
+      (moved.*pair.input).for_each([&](auto i, auto p, auto h, auto c) {
+        (moved.*pair.input)
+            .set(i, p, h, c, (moved.*pair.input).at(i, p, h, c) + step * testing::val(50, index++));
       });
       return objective(problem, moved);
     };
     double analytic = 0.0;
     std::uint64_t index = 0;
-    (got.*gradient).for_each([&](auto i, auto p, auto h, auto c) {
-      analytic += (got.*gradient).at(i, p, h, c) * testing::val(50, index++);
+    (got.*pair.gradient).for_each([&](auto i, auto p, auto h, auto c) {
+      analytic += (got.*pair.gradient).at(i, p, h, c) * testing::val(50, index++);
     });
     constexpr double kStep = 1e-4;
     const double numeric =

@@ -1,6 +1,6 @@
 // Scalar conversions of the 16-bit formats against their definition: every pattern, and rounding to
 // nearest even.
-#include "src/kernels/cpu/half.h"
+#include "src/half.h"
 
 #include <algorithm>
 #include <cmath>

@@ -29,7 +29,7 @@ std::string description_of(std::string_view name) {
   return "not in the table";
 }
 
-TEST(Parity, TheRequiredBackendRuns) {  // requirement 7, X2
+TEST(Parity, TheRequiredBackendRuns) {  // R7, X2
   const Plan plan = make_plan(testing::paper_problem(8, 2, 8, {{4, 1}}));
   const std::string name(plan.backend_name());
   std::cout << "back end " << name << ", " << description_of(name) << "\n";

@@ -270,7 +270,7 @@ TEST_P(Metamorphic, M8PackedEqualsALoopOverSequences) {
   }
 }
 
-TEST_P(Metamorphic, M9MaskedKeysDoNotActWhateverTheyHold) {  // requirement 10, T2, X4
+TEST_P(Metamorphic, M9MaskedKeysDoNotActWhateverTheyHold) {  // R10, T2, X4
   for (const bool is_causal : {false, true}) {
     Problem masked = problem(75, 2, 6, {{20, 1}, {75, 2}});
     masked.is_causal = is_causal;
@@ -312,24 +312,63 @@ TEST_P(Metamorphic, M9EverythingMaskedGivesZeros) {  // T2
   }
 }
 
-TEST_P(Metamorphic, SequsedIsTheMaskOfShorterKeys) {
-  Problem used = problem(50, 2, 6, {{16, 1}, {50, 2}});
-  used.batch = 2;
-  used.has_seqused = true;
-  Problem masked = used;
-  masked.has_seqused = false;
-  masked.has_key_mask = true;
-  Inputs inputs = make_inputs(used, {.amplitude = 1.0});
-  inputs.seqused = {0, 33};
-  const Results got = run(used, inputs);
-  inputs.key_mask.clear();
-  for (std::int64_t i = 0; i < 100; ++i) {
-    inputs.key_mask.push_back(i % 50 < inputs.seqused[static_cast<std::size_t>(i / 50)]);
-  }
-  EXPECT_EQ(bit_difference(got, run(masked, inputs)), "");
+/// Rows [first, first + count) of batch element `batch`.
+Tensor rows_of(const Tensor& tensor, std::int64_t batch, std::int64_t first, std::int64_t count) {
+  Tensor part(tensor.dtype(), {1, count, tensor.shape()[2], tensor.shape()[3]});
+  part.for_each([&](auto, auto j, auto h, auto c) {
+    part.set(0, j, h, c, tensor.at(batch, first + j, h, c));
+  });
+  return part;
 }
 
-TEST_P(Metamorphic, M14LargeLogitsDoNotOverflow) {  // requirement 22
+TEST_P(Metamorphic, SequsedIsTheLengthOfTheSequence) {  // batched = alone, bit for bit
+  for (const Tail tail : {Tail::kMask, Tail::kPhantom}) {
+    for (const Merge merge : {Merge::kLse, Merge::kSum, Merge::kMean}) {
+      Problem batched = problem(150, 2, 6, {{16, 1}, {50, 3}, {200, 2}});
+      batched.batch = 5;
+      batched.has_seqused = true;
+      batched.tail = tail;
+      batched.merge = merge;
+      Inputs inputs = make_inputs(batched, {.amplitude = 1.0});
+      inputs.seqused = {0, 33, 150, 1, 101};
+      for (std::int64_t b = 0; b < batched.batch; ++b) {
+        // Beyond its length a sequence does not exist: NaN there reaches nobody.
+        for (Tensor* tensor : {&inputs.query, &inputs.key, &inputs.value, &inputs.dout}) {
+          for (std::int64_t p = inputs.seqused[static_cast<std::size_t>(b)]; p < 150; ++p) {
+            tensor->set(b, p, b % 2, 3, std::numeric_limits<double>::quiet_NaN());
+          }
+        }
+      }
+      const Results got = run(batched, inputs);
+      for (std::int64_t b = 0; b < batched.batch; ++b) {
+        const std::int64_t n = inputs.seqused[static_cast<std::size_t>(b)];
+        Problem alone = batched;
+        alone.batch = 1;
+        alone.seqlen = n;
+        alone.has_seqused = false;
+        Inputs part = inputs;
+        for (Tensor Inputs::* tensor :
+             {&Inputs::query, &Inputs::key, &Inputs::value, &Inputs::dout}) {
+          part.*tensor = rows_of(inputs.*tensor, b, 0, n);
+        }
+        const Results expected = run(alone, part);
+        for (Tensor Results::* tensor :
+             {&Results::out, &Results::dquery, &Results::dkey, &Results::dvalue}) {
+          EXPECT_EQ(bit_difference(rows_of(got.*tensor, b, 0, n), expected.*tensor), "") << n;
+          const Tensor rest = rows_of(got.*tensor, b, n, 150 - n);
+          rest.for_each([&](auto, auto j, auto h, auto c) { ASSERT_EQ(rest.at(0, j, h, c), 0.0); });
+        }
+        for (std::int64_t h = 0; h < 2; ++h) {
+          for (std::int64_t p = 0; p < 150; ++p) {
+            ASSERT_EQ(got.lse.at(b, h, p), p < n ? expected.lse.at(0, h, p) : -kInfinity);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Metamorphic, M14LargeLogitsDoNotOverflow) {  // R22
   for (const double amplitude : {50.0, 150.0}) {
     Problem large = problem(70, 2, 8, {{20, 1}, {70, 2}});
     large.scale = 1.0;

@@ -5,6 +5,8 @@
 
 #include <gtest/gtest.h>
 
+#include "dilated/error.h"
+
 namespace dilated {
 namespace {
 
@@ -178,7 +180,31 @@ TEST(Presets, ResolveToTheTable) {
                                     row.offsets.begin() + static_cast<std::ptrdiff_t>(5 * b + 5)));
     }
   }
-  EXPECT_EQ(preset_names(), names);
+  EXPECT_EQ(option_names("preset"), names);
+}
+
+TEST(Options, EveryNameIsAcceptedAndNoOther) {
+  const auto set = [](std::string_view option, std::string name) {
+    Options options;
+    options.segments = {4};
+    options.dilations = {1};
+    (option == "preset"    ? options.preset
+     : option == "offsets" ? options.offsets
+     : option == "groups"  ? options.groups
+     : option == "merge"   ? options.merge
+     : option == "tail"    ? options.tail
+                           : options.gqa_offset) = std::move(name);
+    return make_problem(options, shapes_of(8, 4));
+  };
+  for (const char* option : {"preset", "offsets", "groups", "merge", "tail", "gqa_offset"}) {
+    SCOPED_TRACE(option);
+    EXPECT_FALSE(option_names(option).empty());
+    for (const std::string_view name : option_names(option)) {
+      EXPECT_NO_THROW(set(option, std::string(name))) << name;
+    }
+    EXPECT_THROW(set(option, "other"), InvalidProblem);
+  }
+  EXPECT_THROW(option_names("scale"), InvalidProblem);
 }
 
 TEST(Presets, WithoutAPresetTheDefaultsAreLongnets) {
@@ -191,7 +217,7 @@ TEST(Presets, WithoutAPresetTheDefaultsAreLongnets) {
 }
 
 TEST(Presets, MayBeOverridden) {  // X3: every option changes the problem
-  for (const std::string_view name : preset_names()) {
+  for (const std::string_view name : option_names("preset")) {
     SCOPED_TRACE(name);
     Options plain;
     plain.segments = {4, 8};

@@ -62,7 +62,7 @@ TEST(RandomProblems, CpuInFloat16KeepsTheRule) {
   });
 }
 
-TEST(RandomProblems, StridedEqualsContiguousToTheBit) {  // requirement 17
+TEST(RandomProblems, StridedEqualsContiguousToTheBit) {  // R17
   check_property("strided", 100, {.dtype = DType::kFloat32}, [](const RandomCase& drawn) {
     Inputs contiguous = drawn.inputs;
     for (Tensor* tensor :

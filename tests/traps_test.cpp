@@ -1,5 +1,5 @@
-// Traps of semantics §8 that need inputs of their own: T3, T8, T12, and the hostile values of
-// requirement 22.
+// Traps that need inputs of their own: T3, T8, T12, and the hostile values of
+// R22.
 #include <cmath>
 #include <limits>
 
@@ -117,7 +117,7 @@ TEST(Traps, T12MergeWeightsAreNotRoundedToTheInputDtype) {
   }
 }
 
-TEST(Traps, NonFiniteValuesStayInRowsThatAttendToThem) {  // requirement 22
+TEST(Traps, NonFiniteValuesStayInRowsThatAttendToThem) {  // R22
   for (const double poison : {std::numeric_limits<double>::quiet_NaN(), kInfinity}) {
     for (const char* backend : {"cpu", "reference"}) {
       Problem problem = testing::paper_problem(100, 2, 8, {{25, 1}, {100, 2}});
@@ -135,7 +135,7 @@ TEST(Traps, NonFiniteValuesStayInRowsThatAttendToThem) {  // requirement 22
   }
 }
 
-TEST(Traps, ZerosAndDenormals) {  // requirement 22
+TEST(Traps, ZerosAndDenormals) {  // R22
   for (const double amplitude : {0.0, 1e-40}) {
     Problem problem = testing::paper_problem(50, 2, 8, {{16, 1}, {50, 2}});
     Inputs inputs = make_inputs(problem, {.amplitude = amplitude});

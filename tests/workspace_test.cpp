@@ -62,31 +62,31 @@ using testing::Inputs;
 using testing::make_inputs;
 using testing::Tensor;
 
-class alignas(64) Line {
-  std::byte bytes_[64];
+struct alignas(64) Line {
+  std::byte bytes[64];
 };
 
 /// Everything one forward and backward of a problem needs, allocated beforehand.
 struct Prepared {
-  explicit Prepared(const Problem& problem, int threads)
+  explicit Prepared(const Problem& problem)
       : plan(make_plan(problem, "cpu")),
         inputs(make_inputs(problem, {.amplitude = 1.0})),
         out(problem.dtype, inputs.query.shape()),
         lse(DType::kFloat32, {problem.batch, problem.num_heads, problem.seqlen, 1}),
         branch_out(DType::kFloat32,
                    {problem.batch, problem.num_heads, plan.branch_rows(), problem.head_dim}),
-        branch_lse(DType::kFloat32, {problem.batch, problem.num_heads, plan.branch_rows(), 1}),
+        branch_lse(DType::kFloat32, {problem.batch, problem.num_heads, plan.branch_rows(), 2}),
         dquery(out),
         dkey(problem.dtype, inputs.key.shape()),
         dvalue(dkey) {
-    const std::int64_t bytes = std::max(plan.workspace_bytes(Pass::kForward, threads),
-                                        plan.workspace_bytes(Pass::kBackward, threads));
+    const std::int64_t bytes =
+        std::max(plan.workspace_bytes(Pass::kForward), plan.workspace_bytes(Pass::kBackward));
     lines.resize(static_cast<std::size_t>(bytes / 64 + 1));
   }
 
-  std::span<std::byte> workspace(Pass pass, int threads) {
+  std::span<std::byte> workspace(Pass pass) {
     return {reinterpret_cast<std::byte*>(lines.data()),
-            static_cast<std::size_t>(plan.workspace_bytes(pass, threads))};
+            static_cast<std::size_t>(plan.workspace_bytes(pass))};
   }
 
   ForwardTensors forward_tensors() {
@@ -97,10 +97,11 @@ struct Prepared {
                            out.view(),
                            lse.rows(),
                            {},
+                           {},
                            {}};
     if (plan.needs_branch_outputs()) {
       tensors.branch_out = branch_out.view();
-      tensors.branch_lse = branch_lse.rows();
+      tensors.branch_lse = branch_lse.view();
     }
     return tensors;
   }
@@ -115,7 +116,7 @@ struct Prepared {
     tensors.lse = std::as_const(lse).rows();
     if (plan.needs_branch_outputs()) {
       tensors.branch_out = std::as_const(branch_out).view();
-      tensors.branch_lse = std::as_const(branch_lse).rows();
+      tensors.branch_lse = std::as_const(branch_lse).view();
     }
     tensors.dquery = dquery.view();
     tensors.dkey = dkey.view();
@@ -133,17 +134,18 @@ Problem problem_of(std::int64_t seqlen, DType dtype, Merge merge) {
   Problem problem = testing::paper_problem(seqlen, 2, 48, {{64, 1}, {seqlen, 4}});
   problem.dtype = dtype;
   problem.merge = merge;
+  problem.device.units = 1;
   return problem;
 }
 
 std::int64_t bytes_of_one_call(std::int64_t seqlen, DType dtype, Merge merge) {
   const testing::FixedThreads one(1);
-  Prepared prepared(problem_of(seqlen, dtype, merge), 1);
+  Prepared prepared(problem_of(seqlen, dtype, merge));
   const ForwardTensors forward_tensors = prepared.forward_tensors();
   const BackwardTensors backward_tensors = prepared.backward_tensors();
   const std::int64_t before = allocated_bytes;
-  forward(prepared.plan, forward_tensors, {&one, prepared.workspace(Pass::kForward, 1)});
-  backward(prepared.plan, backward_tensors, {&one, prepared.workspace(Pass::kBackward, 1)});
+  forward(prepared.plan, forward_tensors, {&one, prepared.workspace(Pass::kForward)});
+  backward(prepared.plan, backward_tensors, {&one, prepared.workspace(Pass::kBackward)});
   return allocated_bytes - before;
 }
 
@@ -159,7 +161,7 @@ TEST(Workspace, CallsAllocateNothingThatGrows) {
 
 TEST(Workspace, WithoutOneTheCoreAllocatesTheStatedSize) {
   const testing::FixedThreads one(1);
-  Prepared prepared(problem_of(256, DType::kBFloat16, Merge::kLse), 1);
+  Prepared prepared(problem_of(256, DType::kBFloat16, Merge::kLse));
   for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
     const auto call = [&](std::span<std::byte> workspace) {
       const std::int64_t before = allocated_bytes;
@@ -170,8 +172,8 @@ TEST(Workspace, WithoutOneTheCoreAllocatesTheStatedSize) {
       }
       return allocated_bytes - before;
     };
-    const std::int64_t given = call(prepared.workspace(pass, 1));
-    EXPECT_EQ(call({}) - given, prepared.plan.workspace_bytes(pass, 1));
+    const std::int64_t given = call(prepared.workspace(pass));
+    EXPECT_EQ(call({}) - given, prepared.plan.workspace_bytes(pass));
   }
 }
 
@@ -179,8 +181,9 @@ TEST(Workspace, GrowsAtMostLinearlyByThreadsAndLength) {  // peak(2n) / peak(n) 
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
       const auto bytes = [&](std::int64_t seqlen, int threads) {
-        return make_plan(problem_of(seqlen, dtype, Merge::kSum), "cpu")
-            .workspace_bytes(pass, threads);
+        Problem problem = problem_of(seqlen, dtype, Merge::kSum);
+        problem.device.units = threads;
+        return make_plan(problem, "cpu").workspace_bytes(pass);
       };
       for (std::int64_t n = 4096; n <= std::int64_t{1} << 20; n *= 2) {
         EXPECT_LE(static_cast<double>(bytes(2 * n, 4)), 2.02 * static_cast<double>(bytes(n, 4)));
@@ -194,8 +197,8 @@ TEST(Workspace, GrowsAtMostLinearlyByThreadsAndLength) {  // peak(2n) / peak(n) 
 
 TEST(Workspace, TooSmallOrMisalignedRaisesAndWritesNothing) {
   const testing::FixedThreads one(1);
-  Prepared prepared(problem_of(64, DType::kFloat32, Merge::kLse), 1);
-  const std::span<std::byte> whole = prepared.workspace(Pass::kForward, 1);
+  Prepared prepared(problem_of(64, DType::kFloat32, Merge::kLse));
+  const std::span<std::byte> whole = prepared.workspace(Pass::kForward);
   const auto message = [&](std::span<std::byte> workspace) {
     try {
       forward(prepared.plan, prepared.forward_tensors(), {&one, workspace});
@@ -215,7 +218,7 @@ TEST(Workspace, TooSmallOrMisalignedRaisesAndWritesNothing) {
   EXPECT_TRUE(message({shifted, whole.size()})
                   .starts_with("forward: workspace: expected 64-byte alignment, got 0x"));
   EXPECT_TRUE(std::isnan(prepared.out.at(0, 0, 0, 0)));
-  EXPECT_EQ(message(prepared.workspace(Pass::kForward, 1)), "no error");
+  EXPECT_EQ(message(prepared.workspace(Pass::kForward)), "no error");
 }
 
 }  // namespace

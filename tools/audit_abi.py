@@ -39,8 +39,12 @@ def main() -> int:
         for row in lines("readelf", "-d", str(arguments.library))
         if (match := re.search(r"\(NEEDED\).*\[(.+)\]", row))
     ]
+    # Of the build machine; a Highway outside the system's folders is the one reason to have any.
     paths = [
-        row.strip() for row in lines("readelf", "-d", str(arguments.library)) if "PATH)" in row
+        match[1]
+        for row in lines("readelf", "-d", str(arguments.library))
+        if (match := re.search(r"PATH\).*\[(.+)\]", row))
+        and (arguments.static or not any(Path(match[1]).glob("libhwy.so*")))
     ]
 
     python = [symbol for symbol in undefined if re.match(r"_?Py[A-Z_]", symbol)]

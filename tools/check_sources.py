@@ -5,6 +5,8 @@
 2. No macros of our own: #define only in HWY_* protocol lines.
 3. Every C++ source is named in its folder's CMakeLists.txt.
 4. A file opens with a comment that says what it is.
+5. Shell scripts keep to bash 3.2, the one of macOS.
+5. A section, test code or document that a source names is defined in docs/.
 """
 
 from __future__ import annotations
@@ -88,9 +90,50 @@ def check_listed() -> Iterator[str]:
                 yield f"{folder}/{name}: not named in {folder}/CMakeLists.txt"
 
 
+# §5 of docs/semantics.md, a code of docs/requirements.md, a Markdown file.
+REFERENCE = re.compile(r"§(\d+)|\b([RXTM]\d{1,2})\b|\b([\w/]+\.md)\b")
+
+
+def check_references() -> Iterator[str]:
+    """Breaches of rule 5."""
+    sections = set(re.findall(r"^## §(\d+) ", (ROOT / "docs/semantics.md").read_text(), re.M))
+    codes = set(
+        re.findall(r"^\| ([RXTM]\d+) \|", (ROOT / "docs/requirements.md").read_text(), re.M)
+    )
+    documents = {path.name for path in [*ROOT.glob("*.md"), *ROOT.rglob("docs/*.md")]}
+    python = [p for f in ("python", "tests", "examples", "benchmarks", "tools")
+              for p in sorted((ROOT / f).rglob("*.py"))]  # fmt: skip
+    for path in [*cpp_files(), *python]:
+        name = path.relative_to(ROOT).as_posix()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            comment = re.search(r"//.*|#.*|\"\"\".*|^\s*[A-Z].*", line)
+            for section, code, document in REFERENCE.findall(comment[0] if comment else ""):
+                if (section and section not in sections) or (code and code not in codes):
+                    yield f"{name}:{number}: no document defines {code or '§' + section}"
+                if document and Path(document).name not in documents:
+                    yield f"{name}:{number}: there is no {document}"
+
+
+# What bash 3.2 lacks. No pattern sees that it also refuses an empty array under `set -u`.
+NEWER_BASH = re.compile(
+    r"\b(mapfile|readarray|coproc|wait -n|(declare|local|typeset) -[gAn]+)\b"
+    r"|\$\{\w+(\^|,|@[QEPAa]\})|&>>|\|&|\$EPOCH|;;&|\bprintf '%\("
+)
+
+
+def check_shell() -> Iterator[str]:
+    """Breaches of rule 5."""
+    for path in sorted([*(ROOT / "tools").glob("*.sh"), ROOT / ".ci" / "run"]):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if newer := NEWER_BASH.search(line.split("# ")[0]):
+                yield f"{path.relative_to(ROOT)}:{number}: bash 3.2 has no {newer[0]}"
+
+
 def main() -> int:
     breaches = [breach for path in cpp_files() for breach in check_file(path)]
     breaches += check_listed()
+    breaches += check_shell()
+    breaches += check_references()
     print(
         "\n".join(breaches)
         if breaches

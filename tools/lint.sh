@@ -5,7 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PWD/.venv/bin:$PATH
 
-mapfile -t cpp < <(find include src bindings tests benchmarks examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' | sort)
+# None of our file names holds a space; bash 3.2 has no mapfile.
+cpp=($(find include src bindings tests benchmarks examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' | sort))
 python=(python tests tools benchmarks examples)
 
 if [[ ${1:-} == --fix ]]; then
@@ -35,11 +36,11 @@ check "sources" python tools/check_sources.py
 tidy() {
   local database=$1
   shift
-  printf '%s\n' "$@" | xargs -P "$(nproc)" -n 2 clang-tidy -p "$database" --quiet 2>/dev/null
+  printf '%s\n' "$@" | xargs -P "$(getconf _NPROCESSORS_ONLN)" -n 2 clang-tidy -p "$database" --quiet 2>/dev/null
 }
 cmake --preset cpu >/dev/null
-mapfile -t core < <(find src -name '*.cpp' | sort)
-mapfile -t bindings < <(find bindings -name '*.cpp' | sort)
+core=($(find src -name '*.cpp' | sort))
+bindings=($(find bindings -name '*.cpp' | sort))
 check "clang-tidy src" tidy build/cpu "${core[@]}"
 check "clang-tidy bindings" tidy build/python "${bindings[@]}"
 

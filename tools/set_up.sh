@@ -26,17 +26,17 @@ stop() {
 apt_updated=
 apt() {
   [[ ${SYSTEM_PACKAGES:-yes} != no ]] && command -v apt-get >/dev/null || return 1
-  local as_root=()
+  local as_root=env
   if [[ $(id -u) != 0 ]]; then
     sudo -n true 2>/dev/null || return 1
-    as_root=(sudo -n)
+    as_root='sudo -n env'
   fi
   say "apt-get install $*"
   if [[ -z $apt_updated ]]; then
-    "${as_root[@]}" apt-get update -qq || say "apt-get update failed; going on with the lists that are here"
+    $as_root apt-get update -qq || say "apt-get update failed; going on with the lists that are here"
     apt_updated=yes
   fi
-  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+  $as_root DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
 }
 
 # --- a C++20 compiler -------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ then
 fi
 
 # --- build tools ------------------------------------------------------------------------------------------------
-tools=("scikit-build-core>=0.10")
+tools=("scikit-build-core>=0.11")
 recent_cmake() { cmake --version 2>/dev/null | awk 'NR == 1 { split($3, v, "."); exit !(v[1] > 3 || v[1] == 3 && v[2] >= 25) } END { if (!NR) exit 1 }'; }
 recent_cmake || tools+=("cmake>=3.25,<4")
 command -v ninja >/dev/null || tools+=(ninja)
@@ -93,24 +93,36 @@ pip install --quiet "${tools[@]}"
 export PATH=$PWD/$venv/bin:$PATH
 
 # --- C++ packages -----------------------------------------------------------------------------------------------
+# missing: names of those that are not here.
 missing() {
   rm -rf build/packages
-  cmake -S cmake/packages -B build/packages -G Ninja -DTESTS="$tests" 2>&1 |
-    sed -n 's/^MISSING: *//p'
+  mkdir -p build
+  cmake -S cmake/packages -B build/packages -G Ninja -DTESTS="$tests" >build/packages.log 2>&1 &&
+    grep -q '^MISSING:' build/packages.log || {
+    tail -n 5 build/packages.log >&2
+    stop "cmake could not look for the C++ packages (log: build/packages.log)" \
+      "cmake -S cmake/packages -B build/packages -G Ninja"
+  }
+  sed -n 's/^MISSING: *//p' build/packages.log
 }
-declare -A debian=([hwy]=libhwy-dev [fmt]=libfmt-dev [GTest]="libgtest-dev libgmock-dev"
-  [rapidcheck]=librapidcheck-dev [nlohmann_json]=nlohmann-json3-dev [benchmark]=libbenchmark-dev)
+debian_packages() {
+  case $1 in
+    GTest) echo libgtest-dev libgmock-dev ;;
+    nlohmann_json) echo nlohmann-json3-dev ;;
+    *) echo "lib$1-dev" ;;
+  esac
+}
 not_here=$(missing)
 if [[ $not_here ]]; then
   say "C++ packages not installed: $not_here"
   packages=()
-  for name in $not_here; do read -ra words <<<"${debian[$name]}" && packages+=("${words[@]}"); done
+  for name in $not_here; do packages+=($(debian_packages "$name")); done
   apt "${packages[@]}" || say "apt-get is not ours to use, or failed"
   not_here=$(missing)
   if [[ $not_here ]]; then
     say "building from pinned sources instead: $not_here"
     rm -rf build/packages
-    cmake -S . -B build/packages -G Ninja -DDILATED_CUDA=OFF \
+    cmake -S . -B build/packages -G Ninja \
       -DDILATED_TESTS="$tests" -DDILATED_BENCHMARKS="$tests" >build/packages.log 2>&1 || {
       grep -m 3 -i -E 'error|failed' build/packages.log >&2 || true
       stop "these could not be fetched: $not_here (log: build/packages.log)" \

@@ -1,89 +1,79 @@
-// Argument lists that several operators share, written once: a kernel takes `Options` (and
-// `Shapes`) values, the operator's schema spells them out. Also the one place where errors leave
-// C++ for Python.
+// Options as the operators take them. What PyTorch spends on a call grows with the number of its
+// arguments, so all options but the three real numbers travel in one list of integers:
+//   names    one entry per row of `option_rows()` from "layout" to "gqa_offset": index of the name
+//   flags    lse_grad, is_causal
+//   heads    head_offset, total_heads, total_kv_heads
+//   lists    lengths of segments, dilations and the table of offsets, then their entries
+// -1 stands for "not given". python/dilated/_options.py packs, `unpack` reads.
 #pragma once
 
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "dilated/error.h"
 #include "dilated/options.h"
 
-#include "bindings/torch/stable_abi.h"
+#include "bindings/torch/inputs.h"
 
 namespace dilated::binding {
 
-/// Tail of every schema that takes `Options`; the order is that of `WithOptions::call`.
-inline constexpr const char* kOptionsSchema =
-    "int[] segments, int[] dilations, str? preset, str? offsets, int[]? offset_table, str? groups, "
-    "str? merge, float? out_scale, bool? lse_grad, str? tail, str? gqa_offset, bool is_causal, "
-    "float? scale, float dropout_p";
+using Ints = std::vector<std::int64_t>;
 
-/// Part of every schema that takes `Shapes`; the order is that of `WithShapes::call`.
-inline constexpr const char* kShapesSchema =
-    "str device, str dtype, int batch, int seqlen, int num_heads, int num_kv_heads, int head_dim, "
-    "int[] cu_seqlens, bool has_key_mask, bool has_seqused";
+/// Tail of every schema that takes options.
+inline constexpr const char* kOptionsSchema =
+    "float? scale, float? out_scale, float dropout_p, int[] options";
+
+/// An argument of the operators and the names it accepts, in the order of their indices.
+struct NameRow {
+  std::string argument;
+  std::vector<std::string> names;
+};
+
+/// Rows of packed options, in their order: layout, backend, preset, ..., gqa_offset.
+const std::vector<NameRow>& option_rows();
+
+struct CallOptions {
+  Options core;
+  Layout layout = Layout::kBshd;
+  std::string backend;  // empty: the best
+};
+
+/// Throws InvalidProblem for a list that was not packed as described above.
+CallOptions unpack(std::optional<double> scale, std::optional<double> out_scale, double dropout_p,
+                   const Ints& packed);
+
+/// Shapes of a configuration without tensors:
+///   device (index in "cpu", "cuda"), threads, dtype (index of `dtype_names`), batch, seqlen,
+///   num_heads, num_kv_heads, head_dim, has_key_mask, has_seqused, then all of cu_seqlens
+Shapes unpack_shapes(const Ints& packed);
+
+/// The four dtypes, in the order of their indices.
+std::vector<std::string> dtype_names();
+DType dtype_at(std::int64_t index);
 
 /// python/dilated/errors.py turns what arrives back into the typed error: std::invalid_argument
 /// becomes ValueError, std::runtime_error RuntimeError, both with exactly this text.
 inline constexpr const char* kUnsupportedPrefix = "dilated::Unsupported: ";
 
 template <auto kFunction>
-struct WithOptions;
+struct Typed;
 
-/// kFunction(options, rest...) as a kernel with arguments (rest..., kOptionsSchema).
-template <typename Result, typename... Rest, Result (*kFunction)(const Options&, Rest...)>
-struct WithOptions<kFunction> {
-  static Result call(Rest... rest, const std::vector<std::int64_t>& segments,
-                     const std::vector<std::int64_t>& dilations, std::optional<StringHandle> preset,
-                     std::optional<StringHandle> offsets,
-                     const std::optional<std::vector<std::int64_t>>& offset_table,
-                     std::optional<StringHandle> groups, std::optional<StringHandle> merge,
-                     std::optional<double> out_scale, std::optional<bool> lse_grad,
-                     std::optional<StringHandle> tail, std::optional<StringHandle> gqa_offset,
-                     bool is_causal, std::optional<double> scale, double dropout_p) {
-    const Options options{segments,         dilations,   take(preset), take(offsets), offset_table,
-                          take(groups),     take(merge), out_scale,    lse_grad,      take(tail),
-                          take(gqa_offset), is_causal,   scale,        dropout_p};
+/// kFunction as a kernel whose errors leave C++ for Python.
+template <typename Result, typename... Arguments, Result (*kFunction)(Arguments...)>
+struct Typed<kFunction> {
+  static Result call(Arguments... arguments) {
     try {
-      return kFunction(options, std::forward<Rest>(rest)...);
+      return kFunction(std::forward<Arguments>(arguments)...);
     } catch (const InvalidProblem& error) {
       throw std::invalid_argument(error.what());
     } catch (const Unsupported& error) {
       throw std::runtime_error(kUnsupportedPrefix + std::string(error.what()));
     }
-  }
-};
-
-template <auto kFunction>
-struct WithShapes;
-
-/// kFunction(options, shapes, rest...) as a function of (options, kShapesSchema, rest...).
-template <typename Result, typename... Rest,
-          Result (*kFunction)(const Options&, const Shapes&, Rest...)>
-struct WithShapes<kFunction> {
-  static Result call(const Options& options, StringHandle device, StringHandle dtype,
-                     std::int64_t batch, std::int64_t seqlen, std::int64_t num_heads,
-                     std::int64_t num_kv_heads, std::int64_t head_dim,
-                     const std::vector<std::int64_t>& cu_seqlens, bool has_key_mask,
-                     bool has_seqused, Rest... rest) {
-    const std::string device_name = take(device);
-    const std::string dtype_name = take(dtype);
-    const Shapes shapes{parse_device("device", device_name),
-                        parse_dtype("dtype", dtype_name),
-                        batch,
-                        seqlen,
-                        num_heads,
-                        num_kv_heads,
-                        head_dim,
-                        cu_seqlens,
-                        has_key_mask,
-                        has_seqused};
-    return kFunction(options, shapes, std::forward<Rest>(rest)...);
   }
 };
 

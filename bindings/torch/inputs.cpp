@@ -9,14 +9,6 @@
 namespace dilated::binding {
 namespace {
 
-constexpr const char* kOp = "dilated_attention";
-
-template <typename Kind = InvalidProblem>
-[[noreturn]] void reject(std::string argument, std::string expected, std::string got,
-                         std::string hint = "") {
-  raise<Kind>({kOp, std::move(argument), std::move(expected), std::move(got), std::move(hint)});
-}
-
 std::string text_of(const std::vector<std::int64_t>& shape) {
   std::string text = "(";
   for (std::size_t i = 0; i < shape.size(); ++i) {
@@ -83,19 +75,21 @@ void require_contiguous_rows(const TensorInfo& tensor) {
   }
 }
 
-/// Small host-side inputs: read by the CPU while the call is prepared.
-void require_int64_vector(const TensorInfo& tensor, const std::string& expected, bool fits) {
-  if (tensor.dtype != "int64" || tensor.device != "cpu" || tensor.shape.size() != 1 || !fits) {
+/// Small integer inputs.
+void require_int64(const TensorInfo& tensor, const std::string& device, std::size_t rank, bool fits,
+                   const std::string& expected) {
+  if (tensor.dtype != "int64" || tensor.device != device || tensor.shape.size() != rank || !fits) {
     reject(tensor.name, expected,
            tensor.dtype + " " + text_of(tensor.shape) + " on " + tensor.device);
   }
   require_contiguous_rows(tensor);
 }
 
-void check_key_mask(const TensorInfo& mask, const Inputs& inputs, const Extents& e, Layout layout) {
+void check_key_mask(const TensorInfo& mask, const Inputs& inputs, const Extents& key,
+                    Layout layout) {
   const std::vector<std::int64_t> shape = layout == Layout::kShd
-                                              ? std::vector<std::int64_t>{e.seqlen}
-                                              : std::vector<std::int64_t>{e.batch, e.seqlen};
+                                              ? std::vector<std::int64_t>{key.seqlen}
+                                              : std::vector<std::int64_t>{key.batch, key.seqlen};
   if (mask.dtype != "bool" || mask.shape != shape) {
     reject<Unsupported>("key_mask", "bool of shape " + text_of(shape),
                         mask.dtype + " of shape " + text_of(mask.shape),
@@ -106,7 +100,43 @@ void check_key_mask(const TensorInfo& mask, const Inputs& inputs, const Extents&
   }
 }
 
+/// The small inputs: lengths and windows are read while the call is prepared, seqused and the
+/// dropout state where the call runs.
+void check_lengths(const Inputs& inputs, std::int64_t batch, Layout layout, double dropout_p) {
+  const std::string& device = inputs.query.device;
+  std::int64_t sequences = batch;
+  if (inputs.cu_seqlens) {
+    const auto& shape = inputs.cu_seqlens->shape;
+    require_int64(*inputs.cu_seqlens, "cpu", 1, !shape.empty() && shape[0] >= 1,
+                  "a 1-D int64 CPU tensor with at least one entry");
+    sequences = shape[0] - 1;
+  }
+  if (inputs.windows) {
+    const auto& shape = inputs.windows->shape;
+    const bool fits = shape.size() == 2 && shape[1] == 5 &&
+                      (layout == Layout::kShd || shape[0] == batch) && !inputs.cu_seqlens;
+    require_int64(*inputs.windows, "cpu", 2, fits,
+                  "an int64 CPU tensor (sequences, 5), without cu_seqlens");
+    sequences = shape[0];
+  }
+  if (inputs.seqused) {
+    const auto& shape = inputs.seqused->shape;
+    require_int64(*inputs.seqused, device, 1, !shape.empty() && shape[0] == sequences,
+                  "a 1-D int64 tensor on " + device + " with one length per sequence, " +
+                      std::to_string(sequences));
+  }
+  if (inputs.dropout_seed) {
+    const auto& shape = inputs.dropout_seed->shape;
+    require_int64(*inputs.dropout_seed, device, 1, !shape.empty() && shape[0] == 2,
+                  "a 1-D int64 tensor (seed, offset) on " + device);
+  } else if (dropout_p > 0.0) {
+    reject("dropout_seed", "(seed, offset) with dropout_p > 0", "none");
+  }
+}
+
 }  // namespace
+
+std::vector<std::string> layout_names() { return {"bshd", "bhsd", "shd"}; }
 
 Layout parse_layout(std::string_view name) {
   if (name == "bshd") {
@@ -130,12 +160,15 @@ DType parse_dtype(std::string_view argument, std::string_view name) {
   reject(std::string(argument), "dtype float32, float64, bfloat16 or float16", std::string(name));
 }
 
-Device parse_device(std::string_view argument, std::string_view name) {
+DeviceSpec parse_device(std::string_view argument, std::string_view name) {
   if (name == "cpu") {
-    return Device::kCpu;
+    return {Device::kCpu};
   }
-  if (name.substr(0, 4) == "cuda") {
-    return Device::kCuda;
+  if (name == "cuda") {
+    return {Device::kCuda};
+  }
+  if (name.substr(0, 5) == "cuda:") {
+    return {Device::kCuda, std::stoll(std::string(name.substr(5)))};
   }
   reject(std::string(argument), "device cpu or cuda", std::string(name));
 }
@@ -150,10 +183,10 @@ Shapes shapes_of(const Inputs& inputs, Layout layout, double dropout_p) {
     require_rank(*tensor, layout);
   }
   const DType dtype = parse_dtype("query", inputs.query.dtype);
-  const Device device = parse_device("query", inputs.query.device);
+  const DeviceSpec device = parse_device("query", inputs.query.device);
   const Extents q = extents_of(inputs.query, layout);
   const Extents k = extents_of(inputs.key, layout);
-  const Extents expected_key = {q.batch, q.seqlen, k.heads, q.head_dim};
+  const Extents expected_key = {q.batch, inputs.windows ? k.seqlen : q.seqlen, k.heads, q.head_dim};
   for (const TensorInfo* tensor : {&inputs.key, &inputs.value}) {
     require_like_query(*tensor, inputs.query);
     const auto expected = user_shape(expected_key, layout);
@@ -166,25 +199,9 @@ Shapes shapes_of(const Inputs& inputs, Layout layout, double dropout_p) {
     require_contiguous_rows(*tensor);
   }
   if (inputs.key_mask) {
-    check_key_mask(*inputs.key_mask, inputs, q, layout);
+    check_key_mask(*inputs.key_mask, inputs, k, layout);
   }
-  if (inputs.cu_seqlens) {
-    require_int64_vector(*inputs.cu_seqlens, "a 1-D int64 CPU tensor with at least one entry",
-                         !inputs.cu_seqlens->shape.empty() && inputs.cu_seqlens->shape[0] >= 1);
-  }
-  if (inputs.seqused) {
-    const std::int64_t sequences = inputs.cu_seqlens ? inputs.cu_seqlens->shape[0] - 1 : q.batch;
-    require_int64_vector(
-        *inputs.seqused,
-        "a 1-D int64 CPU tensor with one length per sequence, " + std::to_string(sequences),
-        !inputs.seqused->shape.empty() && inputs.seqused->shape[0] == sequences);
-  }
-  if (inputs.dropout_seed) {
-    require_int64_vector(*inputs.dropout_seed, "a 1-D int64 CPU tensor (seed, offset)",
-                         !inputs.dropout_seed->shape.empty() && inputs.dropout_seed->shape[0] == 2);
-  } else if (dropout_p > 0.0) {
-    reject("dropout_seed", "(seed, offset) with dropout_p > 0", "none");
-  }
+  check_lengths(inputs, q.batch, layout, dropout_p);
   Shapes shapes;
   shapes.device = device;
   shapes.dtype = dtype;
@@ -198,11 +215,12 @@ Shapes shapes_of(const Inputs& inputs, Layout layout, double dropout_p) {
   return shapes;
 }
 
-std::vector<std::int64_t> lse_shape(const Shapes& shapes, Layout layout) {
+std::vector<std::int64_t> lse_shape(const TensorInfo& query, Layout layout) {
+  const Extents e = extents_of(query, layout);
   if (layout == Layout::kShd) {
-    return {shapes.num_heads, shapes.seqlen};
+    return {e.heads, e.seqlen};
   }
-  return {shapes.batch, shapes.num_heads, shapes.seqlen};
+  return {e.batch, e.heads, e.seqlen};
 }
 
 }  // namespace dilated::binding

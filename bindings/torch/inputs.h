@@ -33,19 +33,24 @@ struct Inputs {
   std::optional<TensorInfo> key_mask;
   std::optional<TensorInfo> seqused;
   std::optional<TensorInfo> cu_seqlens;
+  // (sequences, 5): length, then begin and end of the query rows' and of the key rows' positions
+  std::optional<TensorInfo> windows;
   std::optional<TensorInfo> dropout_seed;
 };
 
+/// Names of the layouts.
+std::vector<std::string> layout_names();
 /// Throws InvalidProblem for another name.
 Layout parse_layout(std::string_view name);
 
 /// Throws InvalidProblem for a dtype that is none of the four.
 DType parse_dtype(std::string_view argument, std::string_view name);
-/// Throws InvalidProblem for a device that is neither.
-Device parse_device(std::string_view argument, std::string_view name);
+/// Kind and index of "cpu", "cuda" or "cuda:1". Throws InvalidProblem for another device.
+DeviceSpec parse_device(std::string_view argument, std::string_view name);
 
-/// Compares all tensors and returns the shapes they have in common, without cu_seqlens.
-/// Throws InvalidProblem naming the tensor, or Unsupported for another form of mask.
+/// Compares all tensors and returns the shapes they have in common, without what `cu_seqlens` and
+/// `windows` hold. Throws InvalidProblem naming the tensor, or Unsupported for another form of
+/// mask.
 Shapes shapes_of(const Inputs& inputs, Layout layout, double dropout_p);
 
 /// Shape and strides of `tensor` in the core's order (batch, seqlen, heads, head_dim); no data.
@@ -53,7 +58,7 @@ template <typename Void>
 StridedView<Void, 4> token_view(const TensorInfo& tensor, Layout layout, DType dtype, Void* data);
 
 /// Shape of log-sum-exps in the user's layout: (batch, heads, seqlen), packed (heads, total).
-std::vector<std::int64_t> lse_shape(const Shapes& shapes, Layout layout);
+std::vector<std::int64_t> lse_shape(const TensorInfo& query, Layout layout);
 
 template <typename Void>
 StridedView<Void, 4> token_view(const TensorInfo& tensor, Layout layout, DType dtype, Void* data) {

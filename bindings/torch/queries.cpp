@@ -1,38 +1,76 @@
 // Questions about a configuration, answered by the core alone. Python holds no second copy of any
-// rule.
-#include "bindings/torch/queries.h"
-
+// rule. Texts are returned as bytes: strings that an operator returns are never freed.
 #include <algorithm>
+#include <cstdint>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "dilated/backend.h"
-#include "dilated/error.h"
 #include "dilated/plan.h"
 
 #include "bindings/torch/arguments.h"
-#include "bindings/torch/inputs.h"
-#include "bindings/torch/stable_abi.h"
+#include "bindings/torch/operators.h"
 
 namespace dilated::binding {
 namespace {
 
-using Ints = std::vector<std::int64_t>;
 using Texts = std::vector<std::string>;
+
+/// A 1-D uint8 tensor of UTF-8.
+Tensor bytes_of(const std::string& text) {
+  Tensor tensor =
+      new_cpu_tensor({static_cast<std::int64_t>(text.size())}, torch::headeronly::ScalarType::Byte);
+  std::copy(text.begin(), text.end(), static_cast<char*>(tensor.mutable_data_ptr()));
+  return tensor;
+}
+
+std::string line_of(const std::string& word, const Texts& words) {
+  std::string line = word;
+  for (const std::string& next : words) {
+    line += " " + next;
+  }
+  return line + "\n";
+}
+
+/// Lines "argument name name …": rows of packed options in their order, then "dtype" and
+/// "column_sums", the presets whose branches are divided by their sums.
+Tensor names() {
+  std::string text;
+  for (const NameRow& row : option_rows()) {
+    text += line_of(row.argument, row.names);
+  }
+  text += line_of("dtype", dtype_names());
+  Texts with_sums;
+  for (const std::string_view preset : option_names("preset")) {
+    Options options;
+    options.preset = preset;
+    if (uses_column_sums(options)) {
+      with_sums.emplace_back(preset);
+    }
+  }
+  return bytes_of(text + line_of("column_sums", with_sums));
+}
+
+/// Lines "name available description".
+Tensor list_backends() {
+  std::string text;
+  for (const BackendInfo& info : backends()) {
+    text += line_of(info.name, {info.available ? "1" : "0", info.description});
+  }
+  return bytes_of(text);
+}
 
 /// Reads tensors back that `check` receives as flat lists.
 class InfoReader {
  public:
-  InfoReader(Texts names, Texts dtypes, Texts devices, const Ints& ranks, const Ints& sizes,
-             const Ints& strides)
-      : names_(std::move(names)), dtypes_(std::move(dtypes)), devices_(std::move(devices)) {
+  InfoReader(const Texts& names, const Texts& dtypes, const Texts& devices, const Ints& ranks,
+             const Ints& sizes, const Ints& strides) {
     std::ptrdiff_t begin = 0;
-    for (std::size_t i = 0; i < names_.size(); ++i) {
+    for (std::size_t i = 0; i < names.size(); ++i) {
       const std::ptrdiff_t end = begin + static_cast<std::ptrdiff_t>(ranks[i]);
-      infos_.push_back({names_[i],
-                        dtypes_[i],
-                        devices_[i],
+      infos_.push_back({names[i],
+                        dtypes[i],
+                        devices[i],
                         {sizes.begin() + begin, sizes.begin() + end},
                         {strides.begin() + begin, strides.begin() + end}});
       begin = end;
@@ -49,119 +87,173 @@ class InfoReader {
   }
 
  private:
-  Texts names_, dtypes_, devices_;
   std::vector<TensorInfo> infos_;
 };
 
-/// Everything forward would reject about fake tensors; returns whether it saves branch results.
-/// Values of cu_seqlens are unknown then: one sequence and empty ones stand in.
-bool check(const Options& options, const std::vector<StringHandle>& names,
-           const std::vector<StringHandle>& dtypes, const std::vector<StringHandle>& devices,
-           const Ints& ranks, const Ints& sizes, const Ints& strides, StringHandle layout_name,
-           StringHandle backend_name) {
-  const std::string layout_text = take(layout_name);
-  const std::string backend = take(backend_name);
-  const InfoReader reader(take(names), take(dtypes), take(devices), ranks, sizes, strides);
-  const Inputs inputs{*reader.find("query"),      *reader.find("key"),    *reader.find("value"),
-                      reader.find("key_mask"),    reader.find("seqused"), reader.find("cu_seqlens"),
-                      reader.find("dropout_seed")};
-  const Layout layout = parse_layout(layout_text);
-  Shapes shapes = shapes_of(inputs, layout, options.dropout_p);
+/// Values of cu_seqlens and windows are unknown: one sequence and empty ones stand in.
+void stand_in(const Inputs& inputs, Layout layout, Shapes& shapes) {
   if (inputs.cu_seqlens) {
     shapes.cu_seqlens.assign(static_cast<std::size_t>(inputs.cu_seqlens->shape[0]), shapes.seqlen);
     shapes.cu_seqlens.front() = 0;
   }
-  return make_plan(make_problem(options, shapes), backend).needs_branch_outputs();
-}
-
-std::tuple<Texts, Texts, Ints> list_backends() {
-  std::tuple<Texts, Texts, Ints> lists;
-  for (const BackendInfo& info : backends()) {
-    std::get<0>(lists).push_back(info.name);
-    std::get<1>(lists).push_back(info.description);
-    std::get<2>(lists).push_back(info.available ? 1 : 0);
+  if (!inputs.windows) {
+    return;
   }
-  return lists;
+  const std::int64_t queries = shapes.seqlen;
+  const std::int64_t keys = inputs.key.shape[layout == Layout::kBshd   ? 1
+                                             : layout == Layout::kBhsd ? 2
+                                                                       : 0];
+  const auto sequences = static_cast<std::size_t>(inputs.windows->shape[0]);
+  shapes.seqlen = std::max(queries, keys);
+  shapes.windows.assign(sequences, {{0, queries}, {0, keys}});
+  if (layout == Layout::kShd) {
+    shapes.cu_seqlens.assign(sequences + 1, shapes.seqlen);
+    shapes.cu_seqlens.front() = 0;
+    for (std::size_t s = 1; s < sequences; ++s) {
+      shapes.windows[s] = {};
+    }
+  }
 }
 
-Texts list_presets() {
-  const auto names = preset_names();
-  return {names.begin(), names.end()};
+/// Everything forward would reject about fake tensors; returns the rows of branch results per head
+/// that forward_saving saves.
+std::int64_t check(const std::vector<StringHandle>& names, const std::vector<StringHandle>& dtypes,
+                   const std::vector<StringHandle>& devices, const Ints& ranks, const Ints& sizes,
+                   const Ints& strides, std::optional<double> scale,
+                   std::optional<double> out_scale, double dropout_p, const Ints& packed) {
+  const InfoReader reader(take(names), take(dtypes), take(devices), ranks, sizes, strides);
+  const Inputs inputs{*reader.find("query"),  *reader.find("key"),
+                      *reader.find("value"),  reader.find("key_mask"),
+                      reader.find("seqused"), reader.find("cu_seqlens"),
+                      reader.find("windows"), reader.find("dropout_seed")};
+  const CallOptions options = unpack(scale, out_scale, dropout_p, packed);
+  Shapes shapes = shapes_of(inputs, options.layout, dropout_p);
+  stand_in(inputs, options.layout, shapes);
+  const Plan plan = make_plan(make_problem(options.core, shapes), options.backend);
+  return plan.needs_branch_outputs() ? plan.branch_rows() : 0;
 }
 
-std::string explain_call(const Options& options, const Shapes& shapes, StringHandle backend) {
-  return explain(make_problem(options, shapes), take(backend));
+/// Whether some back end runs this dtype and head_dim.
+bool runs(bool on_cuda, std::int64_t dtype, std::int64_t head_dim, std::optional<double> scale,
+          std::optional<double> out_scale, double dropout_p, const Ints& packed) {
+  Problem problem;
+  problem.device.kind = on_cuda ? Device::kCuda : Device::kCpu;
+  problem.dtype = dtype_at(dtype);
+  problem.head_dim = head_dim;
+  problem.branches = {{1, 1, {0}}};
+  try {
+    make_plan(problem, unpack(scale, out_scale, dropout_p, packed).backend);
+  } catch (const Unsupported&) {
+    return false;
+  }
+  return true;
 }
 
-std::string print_plan(const Options& options, const Shapes& shapes, StringHandle backend) {
-  return make_plan(make_problem(options, shapes), take(backend)).to_string();
+/// What no shape could make legal.
+void check_options(std::optional<double> scale, std::optional<double> out_scale, double dropout_p,
+                   const Ints& packed) {
+  const Options options = unpack(scale, out_scale, dropout_p, packed).core;
+  const auto branches = static_cast<std::int64_t>(options.segments.size());
+  Shapes shapes;
+  const std::int64_t total = options.total_heads.value_or(options.head_offset + branches);
+  shapes.num_heads = std::max<std::int64_t>(1, total - options.head_offset);
+  if (options.offset_table && branches > 0) {
+    shapes.num_heads = static_cast<std::int64_t>(options.offset_table->size()) / branches;
+  }
+  shapes.num_kv_heads = shapes.num_heads;
+  shapes.head_dim = 1;
+  make_problem(options, shapes);
 }
 
-/// (forward, backward) scratch bytes on `threads` threads.
-Ints workspace_bytes(const Options& options, const Shapes& shapes, StringHandle backend,
-                     std::int64_t threads) {
-  const Plan plan = make_plan(make_problem(options, shapes), take(backend));
-  return {plan.workspace_bytes(Pass::kForward, static_cast<int>(threads)),
-          plan.workspace_bytes(Pass::kBackward, static_cast<int>(threads))};
+/// A configuration without tensors.
+struct Question {
+  Question(const Ints& packed_shapes, std::optional<double> scale, std::optional<double> out_scale,
+           double dropout_p, const Ints& packed)
+      : options(unpack(scale, out_scale, dropout_p, packed)),
+        problem(make_problem(options.core, unpack_shapes(packed_shapes))) {}
+
+  Plan plan() const { return make_plan(problem, options.backend); }
+
+  CallOptions options;
+  Problem problem;
+};
+
+Tensor explain_op(const Ints& shapes, std::optional<double> scale, std::optional<double> out_scale,
+                  double dropout_p, const Ints& packed) {
+  const Question question(shapes, scale, out_scale, dropout_p, packed);
+  return bytes_of(explain(question.problem, question.options.backend));
 }
 
-Ints count_call_pairs(const Options& options, const Shapes& shapes) {
-  return count_pairs(make_problem(options, shapes));
+Tensor print_plan(const Ints& shapes, std::optional<double> scale, std::optional<double> out_scale,
+                  double dropout_p, const Ints& packed) {
+  return bytes_of(Question(shapes, scale, out_scale, dropout_p, packed).plan().to_string());
+}
+
+/// (forward, backward).
+Ints workspace_bytes(const Ints& shapes, std::optional<double> scale,
+                     std::optional<double> out_scale, double dropout_p, const Ints& packed) {
+  const Plan plan = Question(shapes, scale, out_scale, dropout_p, packed).plan();
+  return {plan.workspace_bytes(Pass::kForward), plan.workspace_bytes(Pass::kBackward)};
+}
+
+Ints count_pairs_op(const Ints& shapes, std::optional<double> scale,
+                    std::optional<double> out_scale, double dropout_p, const Ints& packed) {
+  return count_pairs(Question(shapes, scale, out_scale, dropout_p, packed).problem);
 }
 
 /// (seqlen, seqlen) int32.
-Tensor pattern(const Options& options, const Shapes& shapes, std::int64_t head) {
-  const auto table = attention_pattern(make_problem(options, shapes), head);
-  const Ints size = {shapes.seqlen, shapes.seqlen};
-  const Tensor tensor = torch::stable::empty(size, torch::headeronly::ScalarType::Int);
+Tensor attention_pattern_op(const Ints& shapes, std::int64_t head, std::optional<double> scale,
+                            std::optional<double> out_scale, double dropout_p, const Ints& packed) {
+  const Problem problem = Question(shapes, scale, out_scale, dropout_p, packed).problem;
+  const auto table = attention_pattern(problem, head);
+  Tensor tensor =
+      new_cpu_tensor({problem.seqlen, problem.seqlen}, torch::headeronly::ScalarType::Int);
   std::copy(table.begin(), table.end(), static_cast<std::int32_t*>(tensor.mutable_data_ptr()));
   return tensor;
 }
 
 /// Row-major (branches, num_heads).
-Ints offsets(const Options& options, std::int64_t num_heads, std::int64_t num_kv_heads) {
-  return build_offsets(options, num_heads, num_kv_heads);
+Ints offsets(std::int64_t num_heads, std::int64_t num_kv_heads, std::optional<double> scale,
+             std::optional<double> out_scale, double dropout_p, const Ints& packed) {
+  return build_offsets(unpack(scale, out_scale, dropout_p, packed).core, num_heads, num_kv_heads);
 }
-
-bool column_sums(const Options& options) { return uses_column_sums(options); }
 
 }  // namespace
 
-void define_queries(torch::stable::detail::StableLibrary& library) {
+void define_queries(Library& library) {
   const std::string options = kOptionsSchema;
-  const std::string shapes = std::string(kShapesSchema) + ", ";
+  const std::string configuration = "int[] shapes, " + options;
   for (const std::string& schema : Texts{
+           "names() -> Tensor",
+           "backends() -> Tensor",
            "check(str[] names, str[] dtypes, str[] devices, int[] ranks, int[] sizes, int[] "
-           "strides, "
-           "str layout, str backend, " +
-               options + ") -> bool",
-           "backends() -> (str[], str[], int[])",
-           "presets() -> str[]",
-           "explain(" + shapes + "str backend, " + options + ") -> str",
-           "print_plan(" + shapes + "str backend, " + options + ") -> str",
-           "workspace_bytes(" + shapes + "str backend, int threads, " + options + ") -> int[]",
-           "count_pairs(" + shapes + options + ") -> int[]",
-           "attention_pattern(" + shapes + "int head, " + options + ") -> Tensor",
+           "strides, " +
+               options + ") -> int",
+           "runs(bool on_cuda, int dtype, int head_dim, " + options + ") -> bool",
+           "check_options(" + options + ") -> ()",
+           "explain(" + configuration + ") -> Tensor",
+           "print_plan(" + configuration + ") -> Tensor",
+           "workspace_bytes(" + configuration + ") -> int[]",
+           "count_pairs(" + configuration + ") -> int[]",
+           "attention_pattern(int[] shapes, int head, " + options + ") -> Tensor",
            "offsets(int num_heads, int num_kv_heads, " + options + ") -> int[]",
-           "uses_column_sums(" + options + ") -> bool",
        }) {
     library.def(schema.c_str());
   }
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dilated, CompositeExplicitAutograd, library) {
-  library.impl("check", TORCH_BOX(&WithOptions<&check>::call));
+void implement_queries(Library& library) {
+  library.impl("names", TORCH_BOX(&names));
   library.impl("backends", TORCH_BOX(&list_backends));
-  library.impl("presets", TORCH_BOX(&list_presets));
-  library.impl("explain", TORCH_BOX((&WithOptions<&WithShapes<&explain_call>::call>::call)));
-  library.impl("print_plan", TORCH_BOX((&WithOptions<&WithShapes<&print_plan>::call>::call)));
-  library.impl("workspace_bytes",
-               TORCH_BOX((&WithOptions<&WithShapes<&workspace_bytes>::call>::call)));
-  library.impl("count_pairs",
-               TORCH_BOX((&WithOptions<&WithShapes<&count_call_pairs>::call>::call)));
-  library.impl("attention_pattern", TORCH_BOX((&WithOptions<&WithShapes<&pattern>::call>::call)));
-  library.impl("offsets", TORCH_BOX(&WithOptions<&offsets>::call));
-  library.impl("uses_column_sums", TORCH_BOX(&WithOptions<&column_sums>::call));
+  library.impl("check", TORCH_BOX(&Typed<&check>::call));
+  library.impl("runs", TORCH_BOX(&Typed<&runs>::call));
+  library.impl("check_options", TORCH_BOX(&Typed<&check_options>::call));
+  library.impl("explain", TORCH_BOX(&Typed<&explain_op>::call));
+  library.impl("print_plan", TORCH_BOX(&Typed<&print_plan>::call));
+  library.impl("workspace_bytes", TORCH_BOX(&Typed<&workspace_bytes>::call));
+  library.impl("count_pairs", TORCH_BOX(&Typed<&count_pairs_op>::call));
+  library.impl("attention_pattern", TORCH_BOX(&Typed<&attention_pattern_op>::call));
+  library.impl("offsets", TORCH_BOX(&Typed<&offsets>::call));
 }
 
 }  // namespace dilated::binding

@@ -80,6 +80,7 @@ def write_report(
             progress=lambda line: print(f"  {line}", flush=True),
         )
     attention = _attention(config)
+    plan = dilated.plan(config.context, **attention)
     seconds = sum(record["seconds"] for record in result.history)
     learnt = len(result.history) * config.batch_size * config.context
     report: dict[str, Any] = {
@@ -107,8 +108,8 @@ def write_report(
         "sample": sample,
         "timing": timing,
         "machine": describe_machine(),
-        "explain": dilated.explain(config.context, batch=config.batch_size, **attention),
-        "pairs": dilated.count_pairs(config.context, **attention),
+        "explain": plan.explain(),
+        "pairs": plan.pair_counts,
         "dense_pairs": config.model.num_heads * config.context * (config.context + 1) // 2,
     }
     heads = range(min(2, config.model.num_heads))
@@ -136,7 +137,7 @@ def _template() -> jinja2.Template:
 
 
 def _attention(config: TrainConfig) -> dict[str, Any]:
-    """The attention of one layer, as `dilated.explain` takes it."""
+    """The attention of one layer, as `dilated.plan` takes it."""
     model = config.model
     return {
         "num_heads": model.num_heads,

@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace dilated {
 
@@ -47,6 +48,14 @@ std::string message_of(const Violation& violation);
 template <typename Kind>
 [[noreturn]] void raise(const Violation& violation) {
   throw Kind(message_of(violation), violation.argument);
+}
+
+/// Throws `Kind` about an argument of the operator.
+template <typename Kind = InvalidProblem>
+[[noreturn]] void reject(std::string argument, std::string expected, std::string got,
+                         std::string hint = "") {
+  raise<Kind>({"dilated_attention", std::move(argument), std::move(expected), std::move(got),
+               std::move(hint)});
 }
 
 }  // namespace dilated

@@ -29,18 +29,26 @@ struct Options {
   bool is_causal = false;
   std::optional<double> scale = {};
   double dropout_p = 0.0;
+  // Of a model whose heads are spread over ranks: builders see head h as head_offset + h of
+  // total_heads (unset: the call's), and kv heads as parts of total_kv_heads (unset: as many query
+  // heads per kv head as in the call).
+  std::int64_t head_offset = 0;
+  std::optional<std::int64_t> total_heads = {};
+  std::optional<std::int64_t> total_kv_heads = {};
 };
 
 /// Shapes of one call.
 struct Shapes {
-  Device device = Device::kCpu;
+  DeviceSpec device = {};
   DType dtype = DType::kFloat32;
+  std::int64_t alignment = 0;
   std::int64_t batch = 1;
   std::int64_t seqlen = 0;
   std::int64_t num_heads = 1;
   std::int64_t num_kv_heads = 1;
   std::int64_t head_dim = 0;
   std::vector<std::int64_t> cu_seqlens = {};
+  std::vector<Window> windows = {};
   bool has_key_mask = false;
   bool has_seqused = false;
 };
@@ -57,7 +65,8 @@ bool uses_column_sums(const Options& options);
 std::vector<std::int64_t> build_offsets(const Options& options, std::int64_t num_heads,
                                         std::int64_t num_kv_heads);
 
-/// Names accepted by `Options::preset`.
-std::vector<std::string_view> preset_names();
+/// Names that an option accepts: preset, offsets, groups, merge, tail or gqa_offset. Throws
+/// InvalidProblem for another option.
+std::vector<std::string_view> option_names(std::string_view option);
 
 }  // namespace dilated

@@ -1,22 +1,21 @@
-// How work is spread over threads: the caller brings its own pool, or takes the core's default.
-// Results never depend on it: every item writes its own outputs, in one fixed order.
+// Threads that the caller lends: a pool of its own, or the core's default. How work is handed out
+// to them is the core's business (src/hand_out.h), and results never depend on it.
 #pragma once
 
-#include <cstdint>
 #include <functional>
 
 namespace dilated {
 
-/// Runs `body(begin, end, thread)` over disjoint ranges that cover [0, items).
 class ParallelFor {
  public:
-  using Body = std::function<void(std::int64_t begin, std::int64_t end, int thread)>;
+  using Body = std::function<void(int thread)>;
 
   virtual ~ParallelFor() = default;
-  /// Upper bound of concurrently used thread numbers: 0 <= thread < num_threads().
+  /// Upper bound of concurrently used threads, at least 1.
   virtual int num_threads() const = 0;
-  /// Blocks until all items are done. Rethrows the first exception of a body.
-  virtual void run(std::int64_t items, const Body& body) const = 0;
+  /// Calls body(t) once for every t in [0, threads), threads <= num_threads(), side by side where
+  /// it can, and returns when all have returned. `body` does not throw.
+  virtual void run(int threads, const Body& body) const = 0;
 };
 
 /// Threads started for one call and joined at its end; as many as the hardware has.

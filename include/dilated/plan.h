@@ -1,4 +1,5 @@
-// What was decided: a Problem that passed validation, the back end that runs it, and derived sizes.
+// What was decided: a Problem that passed validation, the back end that runs it with its Decision,
+// and derived sizes.
 // Immutable after `make_plan`; share it between threads freely.
 #pragma once
 
@@ -8,19 +9,31 @@
 #include <string_view>
 #include <vector>
 
+#include "dilated/decision.h"
 #include "dilated/problem.h"
 
 namespace dilated {
 
 struct Backend;  // src/backend_table.h
 
-enum class Pass { kForward, kBackward };
-
-/// One sequence: rows [start, start + length) of batch element `batch`.
+/// One sequence: `length` positions, of which a call holds query rows at `queries` and key rows at
+/// `keys`. Position queries.begin is row `query_row` of batch element `batch`; keys alike.
 struct Sequence {
   std::int64_t batch = 0;
-  std::int64_t start = 0;
   std::int64_t length = 0;
+  Range queries;
+  Range keys;
+  std::int64_t query_row = 0;
+  std::int64_t key_row = 0;
+
+  /// The same sequence if only its first `used` positions exist (seqused).
+  constexpr Sequence cut(std::int64_t used) const {
+    Sequence result = *this;
+    result.length = std::max(std::int64_t{0}, std::min(length, used));
+    result.queries = queries.below(result.length);
+    result.keys = keys.below(result.length);
+    return result;
+  }
 };
 
 class Plan {
@@ -28,6 +41,7 @@ class Plan {
   const Problem& problem() const { return problem_; }
   std::string_view backend_name() const;
   const Backend& backend() const { return *backend_; }
+  const Decision& decision() const { return *decision_; }
   /// problem().scale, resolved.
   double scale() const { return scale_; }
   /// Non-empty and empty sequences alike, in order: one per batch element, or as cu_seqlens has
@@ -38,18 +52,18 @@ class Plan {
   /// weights, and some head runs more than one branch.
   bool needs_branch_outputs() const { return needs_branch_outputs_; }
   /// Rows per (batch, head) of `branch_out` and `branch_lse`:
-  ///   sum over branches of min(n, n / dilation + n / segment + number of sequences + 1)
-  /// with n = seqlen, integer division, number of sequences = 1 when not packed. 0 if not needed.
+  ///   sum over branches of min(m, m / dilation + m / segment + extra)
+  /// with m = query_rows(), integer division, and extra = S + 1, or 3 S with windows, for S
+  /// sequences (S = 1 when not packed).
   std::int64_t branch_rows() const { return branch_rows_; }
   /// First row of branch b, sequence s in `branch_out`. Row i of segment t of that sequence lies
-  /// t * ceil(w_e / r) + i rows further on.
+  /// geometry.slot(t, i) - geometry.first_slot(queries.begin) rows further on.
   std::int64_t branch_row_begin(std::size_t branch, std::size_t sequence) const;
 
-  /// Bytes of scratch memory that forward or backward uses on at most `threads` threads. The
-  /// formula is documented in docs/architecture.md.
-  std::int64_t workspace_bytes(Pass pass, int threads) const;
+  /// Bytes of scratch memory that forward or backward uses.
+  std::int64_t workspace_bytes(Pass pass) const { return decision_->workspace_bytes(pass); }
 
-  /// Several lines: problem, back end, derived sizes.
+  /// Several lines: problem, back end, its decision, derived sizes.
   std::string to_string() const;
 
  private:
@@ -58,6 +72,7 @@ class Plan {
 
   Problem problem_;
   const Backend* backend_ = nullptr;
+  std::shared_ptr<const Decision> decision_;
   double scale_ = 0.0;
   std::vector<Sequence> sequences_;
   bool needs_branch_outputs_ = false;

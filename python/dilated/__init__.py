@@ -6,37 +6,29 @@ out = dilated.dilated_attention(q, k, v, segments=[2048, 8192], dilations=[1, 4]
 __version__ = "0.1.0"
 
 from . import reference
+from ._options import AttentionOptions
+from ._plan import Plan, plan
 from .errors import InvalidProblem, Unsupported
 from .functional import dilated_attention
-from .info import (
-    Backend,
-    attention_pattern,
-    backends,
-    count_pairs,
-    explain,
-    offset_table,
-    presets,
-    print_plan,
-    versions,
-    workspace_bytes,
-)
-from .modules import DilatedAttention, MultiheadDilatedAttention
+from .info import Backend, backends, presets, versions
+from .modules import DilatedAttention
+from .multihead import MultiheadDilatedAttention
+from .windows import merge, window_attention
 
 __all__ = [
+    "AttentionOptions",
     "Backend",
     "DilatedAttention",
     "InvalidProblem",
     "MultiheadDilatedAttention",
+    "Plan",
     "Unsupported",
-    "attention_pattern",
     "backends",
-    "count_pairs",
     "dilated_attention",
-    "explain",
-    "offset_table",
+    "merge",
+    "plan",
     "presets",
-    "print_plan",
     "reference",
     "versions",
-    "workspace_bytes",
+    "window_attention",
 ]

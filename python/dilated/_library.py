@@ -37,3 +37,5 @@ def load() -> Path:
 
 
 PATH = load()
+
+ops = torch.ops.dilated

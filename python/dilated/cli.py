@@ -161,7 +161,7 @@ def _add_problem(command: Parser, *, seqlen: int, num_heads: int, required: bool
 
 
 def _configuration(options: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `dilated.explain` and its neighbours."""
+    """The keyword arguments of `dilated.plan`."""
     names = ("num_heads", "num_kv_heads", "segments", "dilations")
     choices = ("offsets", "groups", "gqa_offset", "preset")
     given = {name: getattr(options, name) for name in (*names, *choices)}
@@ -183,7 +183,8 @@ def _info(options: argparse.Namespace) -> int:
         )
     numerics = {name: getattr(options, name) for name in ("head_dim", "merge", "tail", "backend")}
     dtype = getattr(torch, options.dtype)
-    print(dilated.explain(options.seqlen, dtype=dtype, **numerics, **_configuration(options)))
+    plan = dilated.plan(options.seqlen, dtype=dtype, **numerics, **_configuration(options))
+    print(plan.explain())
     return 0
 
 
@@ -195,7 +196,7 @@ def _pattern(options: argparse.Namespace) -> int:
     if options.out is not None and options.out.suffix not in (".png", ".svg"):
         raise Refused(f"--out: expected a name ending in .png or .svg, got {options.out}")
     configuration = _configuration(options)
-    pairs = dilated.count_pairs(options.seqlen, **configuration)
+    pairs = dilated.plan(options.seqlen, **configuration).pair_counts
     branches = zip(options.segments, options.dilations, pairs, strict=True)
     for number, (segment, dilation, count) in enumerate(branches):
         print(f"branch {number}: segment {segment}, dilation {dilation}: {count} pairs")

@@ -23,10 +23,12 @@ class Unsupported(NotImplementedError):
     """A legal request that no back end (or not the forced one) can run; the message says why."""
 
 
-def message(argument: str, expected: str, got: str, hint: str = "") -> str:
+def message(
+    argument: str, expected: str, got: str, hint: str = "", op: str = "dilated_attention"
+) -> str:
     """The template, for rules about Python objects that never reach the core."""
     tail = f" ({hint})" if hint else ""
-    return f"dilated_attention: {argument}: expected {expected}, got {got}{tail}"
+    return f"{op}: {argument}: expected {expected}, got {got}{tail}"
 
 
 def typed(error: Exception) -> Exception:

@@ -1,28 +1,31 @@
-"""Modules: the operator with its options, and multi-head attention around it.
+"""The operator as a module.
 
-They hold parameters and plain values only: copies, pickles, state dicts, DDP and FSDP need no care.
+It holds plain values only: copies, pickles, state dicts, DDP and FSDP need no care.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
 
-import torch
 from torch import Tensor, nn
 
 from . import _ops
-from .errors import InvalidProblem, Unsupported, message
-from .functional import IntSequence, dilated_attention
+from ._options import OPTION_DEFAULTS, attention_options, flag, integers
+from .errors import InvalidProblem, message
+from .functional import dilated_attention
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._options import AttentionOptions, Integers, Lengths
 
 
-def _plain_offsets(
-    offsets: str | _ops.OffsetTable | None,
-) -> str | tuple[tuple[int, ...], ...] | None:
-    if offsets is None or isinstance(offsets, str):
-        return offsets
-    rows = offsets.tolist() if isinstance(offsets, Tensor) else offsets
-    return tuple(tuple(_ops.integers("offsets", row)) for row in rows)
+def _plain(name: str, value: Any) -> Any:
+    """Tables of offsets as tuples of ints, everything else as it is."""
+    if name != "offsets" or value is None or isinstance(value, str):
+        return value
+    rows = value.tolist() if isinstance(value, Tensor) else value
+    return tuple(tuple(integers("offsets", row)) for row in rows)
 
 
 class DilatedAttention(nn.Module):
@@ -31,8 +34,13 @@ class DilatedAttention(nn.Module):
     Args:
         segments: Segment length of every branch.
         dilations: Dilation of every branch.
-        is_causal, scale, offsets, groups, merge, out_scale, lse_grad, tail, dropout_p, gqa_offset,
-            preset, layout, backend, row_shift: as in :func:`dilated.dilated_attention`.
+        row_shift: As in :func:`dilated.dilated_attention`.
+        **options: Options of :func:`dilated.dilated_attention`: is_causal, scale, offsets, groups,
+            merge, out_scale, lse_grad, tail, dropout_p, gqa_offset, preset, layout, backend,
+            head_offset, total_heads, total_kv_heads.
+
+    Raises:
+        InvalidProblem, Unsupported: the options are wrong whatever the shapes.
 
     Example:
         >>> import torch, dilated
@@ -44,41 +52,44 @@ class DilatedAttention(nn.Module):
 
     def __init__(
         self,
-        segments: Sequence[int],
-        dilations: Sequence[int],
+        segments: Integers,
+        dilations: Integers,
         *,
-        is_causal: bool = False,
-        scale: float | None = None,
-        offsets: str | _ops.OffsetTable | None = None,
-        groups: str | None = None,
-        merge: str | None = None,
-        out_scale: float | None = None,
-        lse_grad: bool | None = None,
-        tail: str | None = None,
-        dropout_p: float = 0.0,
-        gqa_offset: str | None = None,
-        preset: str | None = None,
-        layout: str = "bshd",
-        backend: str | None = None,
         row_shift: bool = False,
+        **options: Unpack[AttentionOptions],
     ) -> None:
         super().__init__()
-        self.segments = tuple(_ops.integers("segments", segments))
-        self.dilations = tuple(_ops.integers("dilations", dilations))
-        self.is_causal = is_causal
-        self.scale = scale
-        self.offsets = _plain_offsets(offsets)
-        self.groups = groups
-        self.merge = merge
-        self.out_scale = out_scale
-        self.lse_grad = lse_grad
-        self.tail = tail
-        self.dropout_p = dropout_p
-        self.gqa_offset = gqa_offset
-        self.preset = preset
-        self.layout = layout
-        self.backend = backend
-        self.row_shift = row_shift
+        checked = attention_options(segments=segments, dilations=dilations, **options)
+        _ops.ask(_ops.ops.check_options, *checked)
+        self.segments = tuple(integers("segments", segments))
+        self.dilations = tuple(integers("dilations", dilations))
+        self.row_shift = flag("row_shift", row_shift)
+        preset = options.get("preset")
+        if self.row_shift and preset != "torchscale":
+            expected = "False, or preset 'torchscale'"
+            raise InvalidProblem(message("row_shift", expected, f"preset {preset!r}"))
+        self.options: AttentionOptions = {  # type: ignore[assignment]
+            name: _plain(name, value) for name, value in options.items()
+        }
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether every call is causal."""
+        return bool(self.options.get("is_causal", False))
+
+    @overload
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[False] = ...,
+        is_causal: bool = ..., key_mask: Tensor | None = ..., seqused: Lengths | None = ...,
+        cu_seqlens: Lengths | None = ..., dropout_seed: SupportsIndex | Tensor | None = ...,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, return_lse: bool,
+        is_causal: bool = ..., key_mask: Tensor | None = ..., seqused: Lengths | None = ...,
+        cu_seqlens: Lengths | None = ..., dropout_seed: SupportsIndex | Tensor | None = ...,
+    ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
     def forward(
         self,
@@ -86,198 +97,44 @@ class DilatedAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         *,
+        return_lse: bool = False,
         is_causal: bool = False,
         key_mask: Tensor | None = None,
-        seqused: IntSequence | None = None,
-        cu_seqlens: IntSequence | None = None,
-        dropout_seed: int | Tensor | None = None,
-        return_lse: bool = False,
+        seqused: Lengths | None = None,
+        cu_seqlens: Lengths | None = None,
+        dropout_seed: SupportsIndex | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Output like query, or (output, lse). Arguments as in :func:`dilated.dilated_attention`.
 
         ``is_causal=True`` here or in the constructor makes the call causal.
         """
-        out, lse = dilated_attention(
+        options = self.options.copy()
+        if flag("is_causal", is_causal):
+            options["is_causal"] = True
+        if not self.training:
+            options["dropout_p"] = 0.0
+        return dilated_attention(
             query,
             key,
             value,
             segments=self.segments,
             dilations=self.dilations,
-            is_causal=self.is_causal or is_causal,
-            scale=self.scale,
-            offsets=self.offsets,
-            groups=self.groups,
-            merge=self.merge,
-            out_scale=self.out_scale,
-            lse_grad=self.lse_grad,
-            tail=self.tail,
-            dropout_p=self.dropout_p if self.training else 0.0,
-            dropout_seed=dropout_seed,
             key_mask=key_mask,
             seqused=seqused,
             cu_seqlens=cu_seqlens,
-            gqa_offset=self.gqa_offset,
-            preset=self.preset,
-            layout=self.layout,
-            return_lse=True,
-            backend=self.backend,
+            dropout_seed=dropout_seed,
             row_shift=self.row_shift,
+            return_lse=return_lse,
+            **options,
         )
-        return (out, lse) if return_lse else out
 
     def extra_repr(self) -> str:
-        """Options that differ from None and False."""
-        given = {
-            name: value
-            for name, value in vars(self).items()
-            if not name.startswith("_") and name != "training" and value not in (None, False)
-        }
+        """Segments, dilations and the options that differ from their defaults."""
+        given: dict[str, Any] = {"segments": self.segments, "dilations": self.dilations}
+        for name, value in self.options.items():
+            default = OPTION_DEFAULTS[name]
+            if type(value) is not type(default) or value != default:
+                given[name] = value
+        if self.row_shift:
+            given["row_shift"] = True
         return ", ".join(f"{name}={value!r}" for name, value in given.items())
-
-
-def _refuse(argument: str, expected: str, got: Any, hint: str) -> None:
-    raise Unsupported(message(argument, expected, str(got), hint))
-
-
-class MultiheadDilatedAttention(nn.Module):
-    """Multi-head dilated self-attention with the argument names of ``nn.MultiheadAttention``.
-
-    Input and output are (batch, seqlen, embed_dim). Arguments of ``nn.MultiheadAttention`` that
-    have no meaning here raise :class:`dilated.Unsupported` rather than being ignored.
-
-    Args:
-        embed_dim: Width of the model.
-        num_heads: Number of query heads; divides embed_dim.
-        segments: Segment length of every branch.
-        dilations: Dilation of every branch.
-        dropout: Probability of dropping an attention weight, in training.
-        bias: Whether projections have a bias.
-        num_kv_heads: Number of key/value heads; None means num_heads.
-        batch_first: Must be True.
-        add_bias_kv, add_zero_attn, kdim, vdim: Must keep their defaults.
-        device, dtype: Of the parameters.
-        **options: Options of :class:`DilatedAttention`.
-
-    Example:
-        >>> import torch, dilated
-        >>> attention = dilated.MultiheadDilatedAttention(64, 4, [16, 64], [1, 4])
-        >>> x = torch.randn(2, 100, 64)
-        >>> out, weights = attention(x, x, x, is_causal=True)
-        >>> out.shape, weights
-        (torch.Size([2, 100, 64]), None)
-    """
-
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        segments: Sequence[int],
-        dilations: Sequence[int],
-        dropout: float = 0.0,
-        bias: bool = True,
-        num_kv_heads: int | None = None,
-        *,
-        batch_first: bool = True,
-        add_bias_kv: bool = False,
-        add_zero_attn: bool = False,
-        kdim: int | None = None,
-        vdim: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__()
-        if not batch_first:
-            _refuse(
-                "batch_first", "True", batch_first, "transpose (seqlen, batch, embed_dim) inputs"
-            )
-        if add_bias_kv:
-            _refuse("add_bias_kv", "False", add_bias_kv, "an extra key has no position")
-        if add_zero_attn:
-            _refuse("add_zero_attn", "False", add_zero_attn, "an extra key has no position")
-        for name, width in (("kdim", kdim), ("vdim", vdim)):
-            if width not in (None, embed_dim):
-                _refuse(name, f"embed_dim = {embed_dim}", width, "self-attention only")
-        if "layout" in options:
-            _refuse(
-                "layout", "none", repr(options["layout"]), "inputs are (batch, seqlen, embed_dim)"
-            )
-        if num_heads < 1 or embed_dim % num_heads != 0:
-            expected = f"a divisor of embed_dim = {embed_dim}"
-            raise InvalidProblem(message("num_heads", expected, str(num_heads)))
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.batch_first = True  # nn.TransformerEncoder asks
-        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if self.num_kv_heads < 1 or num_heads % self.num_kv_heads != 0:
-            expected = f"a divisor of num_heads = {num_heads}"
-            raise InvalidProblem(message("num_kv_heads", expected, str(num_kv_heads)))
-        self.head_dim = embed_dim // num_heads
-        kv_dim = self.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
-        self.k_proj = nn.Linear(embed_dim, kv_dim, bias, device, dtype)
-        self.v_proj = nn.Linear(embed_dim, kv_dim, bias, device, dtype)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
-        self.attention = DilatedAttention(segments, dilations, dropout_p=dropout, **options)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Xavier-uniform weights and zero biases, as ``nn.MultiheadAttention``."""
-        for projection in (self.q_proj, self.k_proj, self.v_proj):
-            nn.init.xavier_uniform_(projection.weight)
-            if projection.bias is not None:
-                nn.init.zeros_(projection.bias)
-        self.out_proj.reset_parameters()
-        if self.out_proj.bias is not None:
-            nn.init.zeros_(self.out_proj.bias)
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = False,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, None]:
-        """Project, attend, project.
-
-        Args:
-            query: (batch, seqlen, embed_dim).
-            key: like query; None means query.
-            value: like query; None means key.
-            key_padding_mask: bool (batch, seqlen), True = the key is ignored.
-            need_weights: Must be False: weights would take memory proportional to seqlen squared.
-            attn_mask: Must be None; ``is_causal`` needs no mask.
-            average_attn_weights: Has no effect without weights.
-            is_causal: True here or in the constructor makes the call causal.
-
-        Returns:
-            (output, None).
-
-        Raises:
-            Unsupported: a request that cannot be honoured.
-        """
-        if need_weights:
-            _refuse("need_weights", "False", need_weights, "weights are never formed")
-        if attn_mask is not None:
-            shape = tuple(attn_mask.shape)
-            _refuse("attn_mask", "None", f"shape {shape}", "use is_causal or key_padding_mask")
-        if query.dim() != 3:
-            expected = "3 dimensions (batch, seqlen, embed_dim)"
-            raise InvalidProblem(message("query", expected, f"shape {tuple(query.shape)}"))
-        key = query if key is None else key
-        value = key if value is None else value
-        key_mask = None
-        if key_padding_mask is not None:
-            if key_padding_mask.dtype != torch.bool:
-                _refuse("key_padding_mask", "bool", key_padding_mask.dtype, "True = key is ignored")
-            key_mask = ~key_padding_mask
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim))
-            for projection, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
-        )
-        out = self.attention(q, k, v, key_mask=key_mask, is_causal=is_causal)
-        return self.out_proj(out.flatten(-2)), None

@@ -1,6 +1,4 @@
-"""A picture of who sees whom, asked of the core (`dilated.attention_pattern`), never drawn from
-formulas.
-"""
+"""A picture of who sees whom, asked of the core (`dilated.plan`), never drawn from formulas."""
 
 from __future__ import annotations
 
@@ -10,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn import functional
 
+from ._plan import plan
 from .errors import InvalidProblem
-from .info import attention_pattern
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LARGEST = 4096  # of attention_pattern
+_LARGEST = 4096  # of Plan.pattern
 _PIXELS = 512
 _CORNER = 48
 _COUNTS = ["#ffffff", "#7fb8d1", "#0b6e99", "#083d55", "#e09f3e", "#9e2a2b", "#540b0e"]
@@ -33,7 +31,7 @@ def pattern_figure(seqlen: int, *, heads: Sequence[int], **configuration: Any) -
     Args:
         seqlen: length of the sequence.
         heads: the heads to draw, side by side.
-        **configuration: as in `dilated.attention_pattern`.
+        **configuration: as in `dilated.plan`.
 
     Returns:
         A figure that pyplot does not know; `savefig` writes it.
@@ -68,7 +66,7 @@ def pattern_figure(seqlen: int, *, heads: Sequence[int], **configuration: Any) -
     counts = BoundaryNorm([v - 0.5 for v in range(most + 2)], colours.N)
     image = density = None
     for column, head in enumerate(heads):
-        table = attention_pattern(shown, head=head, **configuration)
+        table = plan(shown, **configuration).pattern(head)
         if not whole:
             mean = functional.avg_pool2d(table[None].float(), block, ceil_mode=True)[0]
             style = {"cmap": "viridis_r", "norm": LogNorm(1e-2, most)}

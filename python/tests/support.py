@@ -183,6 +183,6 @@ def assert_tolerance_rule(
 
 def assert_backend_runs(backend: str, n: int, heads: int, **configuration: Any) -> None:
     """Prints the back end and its SIMD target; fails if another one would run."""
-    text = dilated.explain(n, heads, backend=backend, **configuration)
+    text = dilated.plan(n, heads, backend=backend, **configuration).explain()
     print(text)
     assert f"{backend:<9} runs this" in text

@@ -73,11 +73,8 @@ def test_every_option_of_pattern_acts(option: str, other: str | None) -> None:
         if option == "--gqa-offset":
             heads += ["--num-kv-heads", "1"]
         options = _parser().parse_args([*fixed, *heads, *more])
-        tables = [
-            dilated.attention_pattern(options.seqlen, head=h, **_configuration(options)).tolist()
-            for h in range(2)
-        ]
-        return [*tables, [dilated.count_pairs(options.seqlen, **_configuration(options))]]
+        plan = dilated.plan(options.seqlen, **_configuration(options))
+        return [plan.pattern(0).tolist(), plan.pattern(1).tolist(), [plan.pair_counts]]
 
     assert answer() != answer(option, *([] if other is None else [other]))
 
@@ -160,9 +157,9 @@ def test_a_closed_output_is_no_success() -> None:
 
 
 def test_picture_is_the_cores_pattern() -> None:
-    """The picture of a short pattern holds attention_pattern's own table."""
+    """The picture of a short pattern holds Plan.pattern's own table."""
     options = {"segments": (4, 8), "dilations": (1, 2), "num_heads": 2, "is_causal": True}
     figure = pattern_figure(8, heads=[1], **options)
     shown = torch.tensor(figure.axes[0].images[0].get_array())
-    expected = dilated.attention_pattern(8, head=1, **options)
+    expected = dilated.plan(8, **options).pattern(1)
     assert torch.equal(shown.to(torch.int32), expected)

@@ -21,7 +21,7 @@ def _kept(backend: str, seed: Tensor, p: float, dtype: torch.dtype, batch: int) 
     """
     query, key = torch.zeros(2, batch, N, HEADS, N, dtype=dtype).unbind(0)
     value = torch.eye(N, dtype=dtype)[None, :, None, :].expand(batch, N, HEADS, N)
-    table = dilated.offset_table(HEADS, **SHAPE)
+    table = dilated.plan(1, HEADS, **SHAPE).offsets
     masks = []
     for branch in range(2):
         only = [row if b == branch else [-1] * HEADS for b, row in enumerate(table)]

@@ -33,7 +33,7 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"segments": "[4]", "dilations": [1]}, InvalidProblem,
      "segments: expected a sequence of integers, got '[4]'"),
     ({"segments": [4], "dilations": [1.5]}, InvalidProblem,
-     "dilations: expected a sequence of integers, got [1.5]"),
+     "dilations[0]: expected an integer, got 1.5"),
     ({"segments": 4, "dilations": [1]}, InvalidProblem,
      "segments: expected a sequence of integers, got 4"),
     ({"offsets": [[0, 0, 0, 1]]}, InvalidProblem,
@@ -88,9 +88,9 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dropout_p": 1.5}, InvalidProblem, "dropout_p: expected 0 <= dropout_p <= 1, got 1.5"),
     ({"dropout_p": -0.5}, InvalidProblem, "dropout_p: expected 0 <= dropout_p <= 1, got -0.5"),
     ({"dropout_p": 0.5, "dropout_seed": 1.5}, InvalidProblem,
-     "dropout_seed: expected a 64-bit int, or an int64 tensor (seed, offset), got 1.5"),
+     "dropout_seed: expected an int64 tensor (seed, offset), or an integer, got 1.5"),
     ({"dropout_p": 0.5, "dropout_seed": torch.tensor([1])}, InvalidProblem,
-     "dropout_seed: expected a 1-D int64 CPU tensor (seed, offset), got int64 (1,) on cpu"),
+     "dropout_seed: expected a 1-D int64 tensor (seed, offset) on cpu, got int64 (1,) on cpu"),
     ({"scale": float("inf")}, InvalidProblem, "scale: expected a finite number, got inf"),
     ({"out_scale": float("nan")}, InvalidProblem, "out_scale: expected a finite number, got nan"),
     ({"key_mask": torch.ones(9, 9, dtype=torch.bool)}, Unsupported,
@@ -103,7 +103,7 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
      "key_mask: expected bool of shape (2, 9), got bool of shape (2, 4, 9, 9) "
      "(True = key takes part; no other form of mask is supported)"),
     ({"seqused": [1]}, InvalidProblem,
-     "seqused: expected a 1-D int64 CPU tensor with one length per sequence, 2, got int64 (1,) on cpu"),
+     "seqused: expected a 1-D int64 tensor on cpu with one length per sequence, 2, got int64 (1,) on cpu"),
     ({"seqused": torch.tensor([1.0, 2.0])}, InvalidProblem,
      "seqused: expected integers, got dtype torch.float32"),
     ({"cu_seqlens": [0, 9]}, InvalidProblem,
@@ -231,7 +231,7 @@ def test_back_end_forced_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     _check(Unsupported, text, (X, X, X), {})
     dilated.dilated_attention(X, X, X, **ONE, backend="cpu")
     monkeypatch.setenv("DILATED_BACKEND", "reference")
-    assert "reference runs this" in dilated.explain(9, 4, **ONE)
+    assert "reference runs this" in dilated.plan(9, 4, **ONE).explain()
     monkeypatch.setenv("DILATED_BACKEND", "best")
     _check(
         InvalidProblem,
@@ -244,14 +244,14 @@ def test_back_end_forced_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: dilated.attention_pattern(5000, **ONE),
-         "attention_pattern: seqlen: expected <= 4096, not packed, got 5000 (the table has seqlen^2 entries)"),
-        (lambda: dilated.attention_pattern(5, 2, head=2, **ONE),
+        (lambda: dilated.plan(5000, **ONE).pattern(),
+         "attention_pattern: seqlen: expected <= 4096, neither packed nor windows, got 5000 (the table has seqlen^2 entries)"),
+        (lambda: dilated.plan(5, 2, **ONE).pattern(2),
          "attention_pattern: head: expected 0 <= head < num_heads = 2, got 2"),
-        (lambda: dilated.explain(-1, **ONE), "dilated_attention: seqlen: expected >= 0, got -1"),
-        (lambda: dilated.explain(5, device="tpu", **ONE),
+        (lambda: dilated.plan(-1, **ONE), "dilated_attention: seqlen: expected >= 0, got -1"),
+        (lambda: dilated.plan(5, device="tpu", **ONE),
          "dilated_attention: device: expected device cpu or cuda, got tpu"),
-        (lambda: dilated.count_pairs(5, segments=[1, 2], dilations=[1]),
+        (lambda: dilated.plan(5, segments=[1, 2], dilations=[1]),
          "dilated_attention: dilations: expected as many entries as segments, 2, got 1"),
     ],
 )  # fmt: skip

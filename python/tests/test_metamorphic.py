@@ -16,7 +16,7 @@ from support import Case, error, oracle_offsets
 from torch import Tensor
 
 import dilated
-from dilated._composite import merge_by_lse
+from dilated.parity import merge_by_lse
 
 PAPER: dict[str, Any] = {"segments": [4, 8, 16], "dilations": [1, 2, 4]}
 
@@ -88,7 +88,7 @@ def test_m5_phantom_equals_zero_padding(backend: str) -> None:
 
 def test_m7_grouped_queries_equal_repeated_keys(backend: str) -> None:
     query, key, value = _data()
-    table = dilated.offset_table(4, num_kv_heads=2, **PAPER)
+    table = dilated.plan(1, 4, num_kv_heads=2, **PAPER).offsets
     assert table == oracle_offsets(4, 2, PAPER["dilations"])
     repeated = (x.repeat_interleave(2, dim=2) for x in (key, value))
     a = _attend(query, key, value, backend=backend)
@@ -105,7 +105,7 @@ def test_m8_packed_equals_a_loop_over_sequences(backend: str, options: dict[str,
     bounds = [0, 7, 7, 8, 21]
     packed = [x[0].clone().requires_grad_() for x in _data()]
     mask = torch.rand(21) > 0.2
-    used = [5, 0, 1, 20]
+    used = [5, 0, 1, 9]
     call = {"backend": backend, **options}
     out, lse = _attend(
         *packed, cu_seqlens=torch.tensor(bounds), key_mask=mask, seqused=used, layout="shd", **call
@@ -146,21 +146,24 @@ def test_m9_masked_keys_have_no_effect_at_all(backend: str) -> None:
             assert torch.equal(a, b)
 
 
-def test_seqused_is_a_key_mask(backend: str) -> None:
+def test_seqused_is_the_length_of_the_sequence(backend: str) -> None:
+    """A batch of unequal lengths gives every sequence the bits it has alone; later rows: absent."""
     inputs = _data()
-    a = _attend(*inputs, seqused=[13, 2], backend=backend)
-    mask = torch.arange(21) < torch.tensor([[13], [2]])
-    b = _attend(*inputs, key_mask=mask, backend=backend)
-    both = _attend(*inputs, key_mask=mask, seqused=torch.tensor([21, 21]), backend=backend)
-    for x, y, z in zip(a, b, both, strict=True):
-        assert torch.equal(x, y)
-        assert torch.equal(x, z)
+    used = [13, 2]
+    out, lse = _attend(*inputs, seqused=used, backend=backend, tail="phantom")
+    for b, n in enumerate(used):
+        alone = [x[b : b + 1, :n] for x in inputs]
+        expected, expected_lse = _attend(*alone, backend=backend, tail="phantom")
+        assert torch.equal(out[b : b + 1, :n], expected)
+        assert torch.equal(lse[b : b + 1, :, :n], expected_lse)
+        assert not out[b, n:].any()
+        assert bool((lse[b, :, n:] == -math.inf).all())
 
 
 def test_m12_branches_one_by_one_merge_to_one_call(backend: str) -> None:
     """X7: the theorem of §5; partial results merge in any order."""
     inputs = _data()
-    table = dilated.offset_table(4, num_kv_heads=2, **PAPER)
+    table = dilated.plan(1, 4, num_kv_heads=2, **PAPER).offsets
     parts = [
         _attend(*inputs, segments=[w], dilations=[r], offsets=[row], backend=backend)
         for w, r, row in zip(*PAPER.values(), table, strict=True)
@@ -190,7 +193,7 @@ def test_m14_logits_to_ten_thousand(dtype: torch.dtype) -> None:
     """Row 22, T3: no overflow; the result is the definition's on the same rounded inputs."""
     data = Case(21, 2, 4, 4, 8).tensors(torch.float64)
     query, key, value = ((60.0 * data[x]).to(dtype) for x in ("query", "key", "value"))
-    options = {"offsets": dilated.offset_table(4, **PAPER), **PAPER}
+    options = {"offsets": dilated.plan(1, 4, **PAPER).offsets, **PAPER}
     out, lse = _attend(query, key, value)
     exact, plain = (
         dilated.reference.dilated_attention(*(x.to(t) for x in (query, key, value)), **options)
@@ -228,7 +231,7 @@ def test_infinite_values_stay_in_rows_that_see_them(backend: str) -> None:
         spoiled[:, 5] = bad
         out, _ = _attend(query, key, spoiled, backend=backend)
         for head in range(4):
-            sees = dilated.attention_pattern(21, 4, head=head, **PAPER)[:, 5] > 0
+            sees = dilated.plan(21, 4, **PAPER).pattern(head)[:, 5] > 0
             assert torch.equal(~out[0, :, head].isfinite().all(dim=-1), sees)
 
 

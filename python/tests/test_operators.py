@@ -17,26 +17,27 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dilated
 from dilated import _ops
+from dilated._options import DTYPES, attention_options
 
 SHAPE: dict[str, Any] = {"segments": [4, 6], "dilations": [1, 3]}
 
 
 def _arguments(
     dtype: torch.dtype = torch.float32,
-    layout: str = "bshd",
     extras: _ops.Extras | None = None,
     requires_grad: bool = True,
-    save_branches: bool = True,
     shape: tuple[int, ...] | None = None,
+    layout: str = "bshd",
     **options: Any,
 ) -> tuple[Any, ...]:
     shapes = {"bshd": (2, 9, 4, 5), "bhsd": (2, 4, 9, 5), "shd": (9, 4, 5)}
     size = shape or shapes[layout]
     tensors = [torch.randn(size, dtype=dtype, requires_grad=requires_grad) for _ in range(3)]
-    chosen = _ops.make_options(**SHAPE, **options)
-    return (*tensors, *(extras or _ops.Extras()), layout, "", save_branches, *chosen)
+    chosen = attention_options(**SHAPE, layout=layout, **options)
+    return (*tensors, *(extras or _ops.Extras()), *chosen)
 
 
+WINDOW = _ops.Extras(windows=torch.tensor([[20, 3, 12, 1, 10], [20, 0, 9, 2, 11]]))
 OPERATOR_CALLS = {
     "plain": lambda: _arguments(),
     "causal float64": lambda: _arguments(torch.float64, is_causal=True),
@@ -54,24 +55,37 @@ OPERATOR_CALLS = {
     ),
     "groups": lambda: _arguments(preset="fork"),
     "no token": lambda: _arguments(shape=(2, 0, 4, 5)),
-    "nothing saved": lambda: _arguments(merge="sum", requires_grad=False, save_branches=False),
+    "windows": lambda: _arguments(extras=WINDOW, is_causal=True),
 }
 
 
 @pytest.mark.parametrize("name", OPERATOR_CALLS)
 def test_opcheck_forward(name: str) -> None:
     """All default checks: schema, autograd registration, fake tensors, AOT dispatch."""
-    results = torch.library.opcheck(_ops._forward, OPERATOR_CALLS[name]())
+    results = torch.library.opcheck(_ops.forward_op, OPERATOR_CALLS[name]())
     assert set(results.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("name", ["plain", "sum", "packed", "bfloat16"])
+@pytest.mark.parametrize("name", ["plain", "sum", "packed", "bfloat16", "windows"])
 def test_opcheck_backward(name: str) -> None:
     arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in OPERATOR_CALLS[name]()]
-    saved = _ops._forward(*arguments)
+    assert set(torch.library.opcheck(_ops.forward_saving_op, arguments).values()) == {"SUCCESS"}
+    saved = _ops.forward_saving_op(*arguments)
     gradients = (torch.randn_like(saved[0]), torch.randn_like(saved[1]))
-    call = (*gradients, *arguments[:3], *saved, *arguments[3:9], *arguments[10:])
-    results = torch.library.opcheck(_ops._backward, call)
+    call = (*gradients, *arguments[:3], *saved, *arguments[3:])
+    results = torch.library.opcheck(_ops.backward_op, call)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_opcheck_merge() -> None:
+    """Parts of float32, merged in bfloat16."""
+    outs = [torch.randn(2, 5, 3, 4, requires_grad=True) for _ in range(3)]
+    lses = [torch.randn(2, 3, 5, requires_grad=True) for _ in range(3)]
+    call = (outs, lses, 0, DTYPES.index(torch.bfloat16))
+    assert set(torch.library.opcheck(_ops.merge_op, call).values()) == {"SUCCESS"}
+    parts = ([x.detach() for x in outs], [x.detach() for x in lses])
+    dout, dlse = torch.randn(2, 5, 3, 4).bfloat16(), torch.randn(2, 3, 5)
+    results = torch.library.opcheck(_ops.merge_backward_op, (dout, dlse, *parts, 0))
     assert set(results.values()) == {"SUCCESS"}
 
 

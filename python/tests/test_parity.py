@@ -128,5 +128,5 @@ def test_changing_a_token_changes_only_rows_that_see_it(backend: str) -> None:
         after = dilated.dilated_attention(query, other_key, other_value, backend=backend, **shape)
         changed = (after != before).any(dim=-1)[0]  # (n, heads)
         for head in range(2):
-            pattern = dilated.attention_pattern(23, 2, head=head, **shape)
+            pattern = dilated.plan(23, 2, **shape).pattern(head)
             assert torch.equal(changed[:, head], pattern[:, j] > 0)

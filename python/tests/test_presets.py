@@ -61,10 +61,10 @@ def test_builders_by_brute_force(rule: str, groups: str, gqa_offset: str) -> Non
         for kv_heads in (1, 2, 3, 5):
             for repeats in (1, 2, 4):
                 heads = kv_heads * repeats
-                table = dilated.offset_table(
-                    heads, num_kv_heads=kv_heads, segments=[7] * len(dilations),
+                table = dilated.plan(
+                    1, heads, num_kv_heads=kv_heads, segments=[7] * len(dilations),
                     dilations=dilations, offsets=rule, groups=groups, gqa_offset=gqa_offset,
-                )  # fmt: skip
+                ).offsets  # fmt: skip
                 want = oracle_offsets(heads, kv_heads, dilations, rule, groups, gqa_offset)
                 assert table == want
 
@@ -85,17 +85,18 @@ def test_patterns_and_counts_come_from_the_core() -> None:
     """Row X8, §10: the pattern equals the definition's masks, its sum the number of pairs."""
     for is_causal in (False, True):
         options = {**LISTS, "offsets": "branch", "is_causal": is_causal}
-        table = dilated.offset_table(3, **LISTS, offsets="branch")
+        table = dilated.plan(1, 3, **LISTS, offsets="branch").offsets
+        plan = dilated.plan(21, 3, **options)
         total = 0
         for head in range(3):
-            pattern = dilated.attention_pattern(21, 3, head=head, **options)
+            pattern = plan.pattern(head)
             want = sum(
                 dilated.reference.branch_mask(21, w, r, row[head], is_causal)[1].int()
                 for w, r, row in zip(*LISTS.values(), table, strict=True)
             )
             assert torch.equal(pattern, want)
             total += int(pattern.sum())
-        counts = dilated.count_pairs(21, 3, **options)
+        counts = plan.pair_counts
         assert sum(counts) == total
         config = oracle.make(
             **{k: tuple(v) for k, v in LISTS.items()}, offset="branch", causal=is_causal

@@ -85,7 +85,7 @@ after_construction = snapshot()
 x = torch.randn(1, 40, 4, 8, requires_grad=True)
 torch.set_rng_state(seen_rng)
 modules[0](x, x, x).sum().backward()
-explain(100, 4, segments=[8], dilations=[1]), backends(), versions()
+str(plan(100, 4, segments=[8], dilations=[1])), backends(), versions()
 after_call = snapshot()
 for stage, state in (("import", after_import), ("construction", after_construction), ("call",
 after_call)):
@@ -140,8 +140,8 @@ def test_missing_library_says_what_to_do() -> None:
 def test_tables_are_equal_in_every_process() -> None:
     """Row X8: no hash order, no random state."""
     program = (
-        "import dilated; print(dilated.offset_table(12, num_kv_heads=4, segments=[8, 16, 64], "
-        "dilations=[1, 6, 12], offsets='torchscale'))"
+        "import dilated; print(dilated.plan(1, 12, num_kv_heads=4, segments=[8, 16, 64], "
+        "dilations=[1, 6, 12], offsets='torchscale').offsets)"
     )
     tables = {_python(program, PYTHONHASHSEED=str(seed)) for seed in (0, 1)}
     assert len(tables) == 1
@@ -197,8 +197,8 @@ def test_workspace_is_a_formula_and_grows_with_threads_not_length() -> None:
     4 x.
     """
     shape = {"segments": [64, 256], "dilations": [1, 4], "head_dim": 32}
-    short, long = (dilated.workspace_bytes(n, 4, threads=1, **shape) for n in (1024, 4096))
-    more = dilated.workspace_bytes(1024, 4, threads=2, **shape)
+    short, long = (dilated.plan(n, 4, threads=1, **shape).workspace_bytes for n in (1024, 4096))
+    more = dilated.plan(1024, 4, threads=2, **shape).workspace_bytes
     for a, b, c in zip(short, long, more, strict=True):
         assert 0 <= a <= b <= 4 * a
         assert a <= c <= 2 * a

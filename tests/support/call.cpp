@@ -6,6 +6,8 @@
 #include <span>
 #include <stdexcept>
 
+#include "src/sequences.h"
+
 namespace dilated::testing {
 namespace {
 
@@ -69,18 +71,21 @@ Inputs Inputs::in_float64() const {
 Masks Inputs::masks(const Problem& problem) const {
   Masks masks;
   if (problem.has_key_mask) {
-    masks.key_mask = {
-        key_mask.data(), DType::kFloat32, {problem.batch, problem.seqlen}, {problem.seqlen, 1}};
+    masks.key_mask = {key_mask.data(),
+                      DType::kFloat32,
+                      {problem.batch, problem.key_rows()},
+                      {problem.key_rows(), 1}};
   }
   masks.seqused = problem.has_seqused ? seqused.data() : nullptr;
-  masks.dropout_seed = dropout_seed;
-  masks.dropout_offset = dropout_offset;
+  masks.dropout_state = dropout_state.data();
   return masks;
 }
 
 Inputs make_inputs(const Problem& problem, const InputOptions& options) {
-  const Tensor::Shape query = {problem.batch, problem.seqlen, problem.num_heads, problem.head_dim};
-  const Tensor::Shape key = {problem.batch, problem.seqlen, problem.num_kv_heads, problem.head_dim};
+  const std::int64_t rows = problem.query_rows();
+  const Tensor::Shape query = {problem.batch, rows, problem.num_heads, problem.head_dim};
+  const Tensor::Shape key = {problem.batch, problem.key_rows(), problem.num_kv_heads,
+                             problem.head_dim};
   Inputs inputs{Tensor(problem.dtype, query, options.layout),
                 Tensor(problem.dtype, key, options.layout),
                 Tensor(problem.dtype, key, options.layout),
@@ -88,61 +93,56 @@ Inputs make_inputs(const Problem& problem, const InputOptions& options) {
                 std::nullopt,
                 {},
                 {},
-                11,
-                5};
+                {11, 5}};
   std::uint64_t seed = options.first_seed;
   for (Tensor* tensor : {&inputs.query, &inputs.key, &inputs.value, &inputs.dout}) {
     fill_stream(*tensor, seed++, options.amplitude);
   }
   if (options.with_dlse) {
-    inputs.dlse =
-        Tensor(lse_dtype(problem.dtype), {problem.batch, problem.num_heads, problem.seqlen, 1});
+    inputs.dlse = Tensor(lse_dtype(problem.dtype), {problem.batch, problem.num_heads, rows, 1});
     for (std::int64_t b = 0; b < problem.batch; ++b) {
-      for (std::int64_t p = 0; p < problem.seqlen; ++p) {
+      for (std::int64_t p = 0; p < rows; ++p) {
         for (std::int64_t h = 0; h < problem.num_heads; ++h) {
-          const std::int64_t index = (b * problem.seqlen + p) * problem.num_heads + h;
+          const std::int64_t index = (b * rows + p) * problem.num_heads + h;
           inputs.dlse->set(b, h, p, 0, val(seed, static_cast<std::uint64_t>(index)));
         }
       }
     }
   }
   if (problem.has_key_mask) {
-    for (std::int64_t i = 0; i < problem.batch * problem.seqlen; ++i) {
+    for (std::int64_t i = 0; i < problem.batch * problem.key_rows(); ++i) {
       inputs.key_mask.push_back(i % 3 != 1);
     }
   }
   if (problem.has_seqused) {
-    const bool packed = !problem.cu_seqlens.empty();
-    const std::size_t count =
-        packed ? problem.cu_seqlens.size() - 1 : static_cast<std::size_t>(problem.batch);
-    for (std::size_t s = 0; s < count; ++s) {
-      const std::int64_t n =
-          packed ? problem.cu_seqlens[s + 1] - problem.cu_seqlens[s] : problem.seqlen;
-      inputs.seqused.push_back(n * 2 / 3);
+    for (const Sequence& sequence : sequences_of(problem)) {
+      inputs.seqused.push_back(sequence.length * 2 / 3);
     }
   }
   return inputs;
 }
 
 Results run(const Problem& problem, const Inputs& inputs, const RunOptions& options) {
-  return run(make_plan(problem, options.backend), inputs, options);
+  Problem on_threads = problem;
+  if (options.parallel_for != nullptr) {
+    on_threads.device.units = options.parallel_for->num_threads();
+  }
+  return run(make_plan(on_threads, options.backend), inputs, options);
 }
 
 Results run(const Plan& plan, const Inputs& inputs, const RunOptions& options) {
   const Problem& problem = plan.problem();
   const DType rows = lse_dtype(problem.dtype);
   const auto like = [&](const Tensor& tensor) {
-    return Tensor(problem.dtype, tensor.shape(), options.layout);
+    return Tensor(options.unrounded ? rows : problem.dtype, tensor.shape(), options.layout);
   };
   Results results{
       like(inputs.query),
-      Tensor(rows, {problem.batch, problem.num_heads, problem.seqlen, 1}, options.layout),
+      Tensor(rows, {problem.batch, problem.num_heads, problem.query_rows(), 1}, options.layout),
       like(inputs.query), like(inputs.key), like(inputs.value)};
   Tensor branch_out(rows, {problem.batch, problem.num_heads, plan.branch_rows(), problem.head_dim});
-  Tensor branch_lse(rows, {problem.batch, problem.num_heads, plan.branch_rows(), 1});
-  const int threads =
-      (options.parallel_for != nullptr ? *options.parallel_for : default_parallel_for())
-          .num_threads();
+  Tensor branch_lse(rows, {problem.batch, problem.num_heads, plan.branch_rows(), 2});
+  Tensor lse_residual(rows, results.lse.shape());
   {
     ForwardTensors tensors{std::as_const(inputs.query).view(),
                            inputs.key.view(),
@@ -150,14 +150,15 @@ Results run(const Plan& plan, const Inputs& inputs, const RunOptions& options) {
                            inputs.masks(problem),
                            results.out.view(),
                            results.lse.rows(),
+                           lse_residual.rows(),
                            {},
                            {}};
     if (plan.needs_branch_outputs()) {
       tensors.branch_out = branch_out.view();
-      tensors.branch_lse = branch_lse.rows();
+      tensors.branch_lse = branch_lse.view();
     }
-    GuardedWorkspace workspace(plan.workspace_bytes(Pass::kForward, threads));
-    forward(plan, tensors, {options.parallel_for, workspace.span()});
+    GuardedWorkspace workspace(plan.workspace_bytes(Pass::kForward));
+    forward(plan, tensors, {.parallel_for = options.parallel_for, .workspace = workspace.span()});
     workspace.check();
   }
   BackwardTensors tensors;
@@ -170,16 +171,17 @@ Results run(const Plan& plan, const Inputs& inputs, const RunOptions& options) {
   tensors.value = inputs.value.view();
   tensors.out = std::as_const(results.out).view();
   tensors.lse = std::as_const(results.lse).rows();
+  tensors.lse_residual = std::as_const(lse_residual).rows();
   if (plan.needs_branch_outputs()) {
     tensors.branch_out = std::as_const(branch_out).view();
-    tensors.branch_lse = std::as_const(branch_lse).rows();
+    tensors.branch_lse = std::as_const(branch_lse).view();
   }
   tensors.masks = inputs.masks(problem);
   tensors.dquery = results.dquery.view();
   tensors.dkey = results.dkey.view();
   tensors.dvalue = results.dvalue.view();
-  GuardedWorkspace workspace(plan.workspace_bytes(Pass::kBackward, threads));
-  backward(plan, tensors, {options.parallel_for, workspace.span()});
+  GuardedWorkspace workspace(plan.workspace_bytes(Pass::kBackward));
+  backward(plan, tensors, {.parallel_for = options.parallel_for, .workspace = workspace.span()});
   workspace.check();
   for (const NamedResult& result : kResults) {
     if (!(results.*result.member).gaps_are_untouched()) {

@@ -23,8 +23,7 @@ struct Inputs {
   std::optional<Tensor> dlse;          // (batch, heads, seqlen, 1)
   std::vector<std::uint8_t> key_mask;  // (batch, seqlen), empty if the problem has none
   std::vector<std::int64_t> seqused;
-  std::uint64_t dropout_seed = 0;
-  std::uint64_t dropout_offset = 0;
+  std::array<std::int64_t, 2> dropout_state{};  // seed, offset
 
   /// The same values in float64.
   Inputs in_float64() const;
@@ -47,9 +46,10 @@ struct Results {
 };
 
 struct RunOptions {
-  std::string backend;
+  std::string backend = {};
   const ParallelFor* parallel_for = nullptr;
   Layout layout = Layout::kBshd;  // of the outputs
+  bool unrounded = false;         // out, dquery, dkey and dvalue in float32 (float64)
 };
 
 /// Forward and backward. Throws std::logic_error if memory beside outputs or workspace was written.

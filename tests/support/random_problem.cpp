@@ -8,6 +8,8 @@
 #include <gtest/gtest.h>
 #include <rapidcheck.h>
 
+#include "src/sequences.h"
+
 namespace dilated::testing {
 namespace {
 
@@ -37,6 +39,10 @@ RandomCase draw_case(const RandomOptions& options) {
   problem.num_kv_heads = in(1, 3);
   problem.num_heads = problem.num_kv_heads * in(1, 3);
   problem.head_dim = in(1, options.max_head_dim);
+  if (one_in(4)) {
+    problem.head_offset = in(0, 3);
+    problem.total_heads = problem.head_offset + problem.num_heads + in(0, 3);
+  }
   if (one_in(3)) {
     problem.cu_seqlens = draw_cu_seqlens(problem.seqlen);
   } else {
@@ -73,11 +79,10 @@ RandomCase draw_case(const RandomOptions& options) {
   for (std::uint8_t& key : result.inputs.key_mask) {
     key = static_cast<std::uint8_t>(in(0, 3) != 0);
   }
-  for (std::int64_t& length : result.inputs.seqused) {
-    length = in(0, problem.seqlen);
+  for (std::size_t s = 0; s < result.inputs.seqused.size(); ++s) {
+    result.inputs.seqused[s] = in(0, sequences_of(problem)[s].length);
   }
-  result.inputs.dropout_seed = static_cast<std::uint64_t>(in(0, 1'000'000));
-  result.inputs.dropout_offset = static_cast<std::uint64_t>(in(0, 5));
+  result.inputs.dropout_state = {in(0, 1'000'000), in(0, 5)};
   return result;
 }
 

@@ -9,7 +9,7 @@
 
 #include <fmt/format.h>
 
-#include "src/kernels/cpu/half.h"
+#include "src/half.h"
 
 namespace dilated::testing {
 namespace {

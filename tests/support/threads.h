@@ -1,9 +1,6 @@
-// A ParallelFor for tests: a fixed number of threads that take small chunks in whatever order they
-// come.
+// A ParallelFor for tests: a fixed number of threads.
 #pragma once
 
-#include <algorithm>
-#include <atomic>
 #include <thread>
 #include <vector>
 
@@ -17,18 +14,15 @@ class FixedThreads final : public ParallelFor {
 
   int num_threads() const override { return threads_; }
 
-  void run(std::int64_t items, const Body& body) const override {
-    std::atomic<std::int64_t> next = 0;
-    const auto work = [&](int thread) {
-      for (std::int64_t begin = next.fetch_add(2); begin < items; begin = next.fetch_add(2)) {
-        body(begin, std::min(begin + 2, items), thread);
-      }
-    };
-    std::vector<std::jthread> workers;
-    for (int thread = 1; thread < threads_; ++thread) {
-      workers.emplace_back(work, thread);
+  void run(int threads, const Body& body) const override {
+    std::vector<std::thread> workers;
+    for (int thread = 1; thread < threads; ++thread) {
+      workers.emplace_back(body, thread);
     }
-    work(0);
+    body(0);
+    for (std::thread& worker : workers) {
+      worker.join();
+    }
   }
 
  private:

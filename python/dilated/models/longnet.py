@@ -11,23 +11,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from dilated._inputs import lengths
+from dilated._options import COLUMN_SUM_PRESETS, OPTION_DEFAULTS
 from dilated.errors import InvalidProblem, Unsupported
-from dilated.functional import IntSequence, dilated_attention
+from dilated.functional import dilated_attention
 from dilated.models.xpos import XposTables, apply_xpos, xpos_tables
 
-_ATTENTION_OPTIONS = frozenset(
-    [
-        *("scale", "offsets", "groups", "merge", "out_scale", "lse_grad", "tail"),
-        *("gqa_offset", "preset", "backend"),
-    ]
-)
+if TYPE_CHECKING:
+    from dilated._options import Lengths
+
+# What the model decides itself.
+_OWN_OPTIONS = {"is_causal", "dropout_p", "layout", "head_offset", "total_heads", "total_kv_heads"}
+_ATTENTION_OPTIONS = OPTION_DEFAULTS.keys() - _OWN_OPTIONS
 
 
 class SelfAttention(nn.Module):
@@ -176,10 +178,10 @@ class LongNetLM(nn.Module):
                 f"{', '.join(sorted(_ATTENTION_OPTIONS))}, "
                 f"got an unknown option"
             )
-        if attention_options.get("preset") == "fkodom":
+        if attention_options.get("preset") in COLUMN_SUM_PRESETS:
             raise Unsupported(
-                "LongNetLM: preset: expected a causal one, got 'fkodom' (it divides by sums over "
-                "all positions, later ones included)"
+                f"LongNetLM: preset: expected a causal one, got {attention_options['preset']!r} "
+                "(it divides by sums over all positions, later ones included)"
             )
         # One position says now whether the options fit; the operator knows the rules.
         head_dim = embed_dim // num_heads
@@ -236,8 +238,8 @@ class LongNetLM(nn.Module):
         tokens: Tensor,
         *,
         key_mask: Tensor | None = None,
-        seqused: IntSequence | None = None,
-        cu_seqlens: IntSequence | None = None,
+        seqused: Lengths | None = None,
+        cu_seqlens: Lengths | None = None,
     ) -> Tensor:
         """What the output projection reads, (*tokens.shape, embed_dim); arguments of `forward`."""
         given = {"key_mask": key_mask, "seqused": seqused, "cu_seqlens": cu_seqlens}
@@ -267,8 +269,8 @@ class LongNetLM(nn.Module):
         tokens: Tensor,
         *,
         key_mask: Tensor | None = None,
-        seqused: IntSequence | None = None,
-        cu_seqlens: IntSequence | None = None,
+        seqused: Lengths | None = None,
+        cu_seqlens: Lengths | None = None,
     ) -> Tensor:
         """Logits of the token after each position.
 
@@ -297,7 +299,7 @@ class LongNetLM(nn.Module):
 
 
 def _positions(
-    tokens: Tensor, seqused: IntSequence | None, cu_seqlens: IntSequence | None
+    tokens: Tensor, seqused: Lengths | None, cu_seqlens: Lengths | None
 ) -> tuple[int, Tensor, Tensor | None]:
     """The longest length, and of every token its position and (if they differ) its length."""
     shape = "(batch, seqlen)" if cu_seqlens is None else "(total,) with cu_seqlens"
@@ -312,28 +314,28 @@ def _positions(
         return tokens.shape[-1], rows, None if used is None else used[:, None]
     bounds = _lengths("cu_seqlens", cu_seqlens, None, tokens.device)
     assert bounds is not None
-    lengths = bounds.diff()
-    used = _lengths("seqused", seqused, lengths.numel(), tokens.device)
+    whole = bounds.diff()
+    used = _lengths("seqused", seqused, whole.numel(), tokens.device)
     # Compiled, the longest of a tensor is not known: the whole bounds it.
-    unknown = lengths.numel() == 0 or torch.compiler.is_compiling()
-    longest = tokens.shape[0] if unknown else int(lengths.max())
-    sequence = torch.searchsorted(bounds[1:], rows, right=True).clamp(max=lengths.numel() - 1)
-    return longest, rows - bounds[sequence], (lengths if used is None else used)[sequence]
+    unknown = whole.numel() == 0 or torch.compiler.is_compiling()
+    longest = tokens.shape[0] if unknown else int(whole.max())
+    sequence = torch.searchsorted(bounds[1:], rows, right=True).clamp(max=whole.numel() - 1)
+    return longest, rows - bounds[sequence], (whole if used is None else used)[sequence]
 
 
 def _lengths(
-    name: str, values: IntSequence | None, count: int | None, device: torch.device
+    name: str, values: Lengths | None, count: int | None, device: torch.device
 ) -> Tensor | None:
-    if values is None:
+    found = lengths(name, values, device)
+    if found is None:
         return None
-    lengths = torch.as_tensor(values, device=device)
-    fits = lengths.numel() == count if count is not None else lengths.numel() > 0
-    if lengths.dim() != 1 or not fits:
+    fits = found.numel() == count if count is not None else found.numel() > 0
+    if found.dim() != 1 or not fits:
         expected = "0, ..., total" if count is None else f"one length for each of {count} sequences"
         raise InvalidProblem(
-            f"LongNetLM: {name}: expected {expected}, got shape {tuple(lengths.shape)}"
+            f"LongNetLM: {name}: expected {expected}, got shape {tuple(found.shape)}"
         )
-    return lengths.long()
+    return found
 
 
 def _autocast_on(x: Tensor) -> bool:

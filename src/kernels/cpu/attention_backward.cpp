@@ -2,7 +2,7 @@
 // head, segment): items of a branch touch disjoint rows of dq, dk and dv, so there are no atomics
 // and the bits do not depend on the number of threads. Two numbers per row, lse_row and delta_row,
 // make all merges one form (g = out_scale dO):
-//   P = exp(s - lse_row)         dV_j += P g
+//   P = e^(s - lse_row)          dV_j += P g
 //   dS = P (g.v_j - delta_row)   dQ += scale dS k   dK += scale dS q
 //
 //   exact      lse_row = L               delta_row = dO.O - dL
@@ -11,15 +11,26 @@
 //   mean       lse_row = l_b + log n_p   delta_row = g.O_b - n_p w_b dL
 //
 // Vectors run along the keys (S, P, dS, dK^T, dV^T), so queries and g enter by broadcast as they
-// lie in memory.
+// lie in memory. Scores are those of forward to the bit; with lse_row as score_units.h stores it, P
+// is the probability that forward normalised. out_scale goes to V and, at the end, to dV, so that
+// dO.V and dO.O are rounded alike: in a row of one key dS is 0.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
+#include <vector>
 
+#include "src/branches.h"
+#include "src/dropout.h"
 #include "src/geometry.h"
+#include "src/hand_out.h"
+#include "src/kernels/cpu/addressing.h"
 #include "src/kernels/cpu/attention.h"
-#include "src/kernels/cpu/rows.h"
+#include "src/kernels/cpu/decision.h"
+#include "src/kernels/cpu/key_filter.h"
+#include "src/kernels/cpu/score_units.h"
 #include "src/kernels/cpu/scratch.h"
+#include "src/kernels/cpu/work_items.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "src/kernels/cpu/attention_backward.cpp"
@@ -29,6 +40,7 @@
 #include "src/kernels/cpu/exp-inl.h"
 #include "src/kernels/cpu/gemm-inl.h"
 #include "src/kernels/cpu/pack-inl.h"
+#include "src/kernels/cpu/row_stream-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace dilated::HWY_NAMESPACE {
@@ -84,35 +96,44 @@ struct Gradients {
 /// One segment of one branch for one key/value head and all its query heads.
 class BackwardSegment {
  public:
+  /// `sequence` is cut to the used length, not empty, and `segment` one of its segments.
   BackwardSegment(const Plan& plan, const BackwardTensors& tensors, const Gradients& gradients,
-                  const BackwardScratch& scratch, std::size_t branch, const cpu::Item& item)
+                  const BackwardScratch& scratch, std::size_t branch, const Sequence& sequence,
+                  std::size_t sequence_index, std::int64_t kv_head, std::int64_t segment)
       : plan_(plan),
         problem_(plan.problem()),
         tensors_(tensors),
         gradients_(gradients),
         scratch_(scratch),
+        units_(plan.scale()),
+        out_scale_(static_cast<float>(problem_.out_scale)),
         branch_(branch),
-        sequence_index_(item.sequence),
-        sequence_(plan.sequences()[item.sequence]),
-        kv_head_(item.head),
-        segment_(item.part),
-        geometry_(sequence_.length, problem_.branches[branch].segment,
+        sequence_index_(sequence_index),
+        sequence_(sequence),
+        kv_head_(kv_head),
+        segment_(segment),
+        geometry_(sequence.length, problem_.branches[branch].segment,
                   problem_.branches[branch].dilation),
         head_dim_(static_cast<std::size_t>(problem_.head_dim)),
         padded_(static_cast<std::size_t>(cpu::padded_head_dim(problem_.head_dim))),
-        keys_(tensors.masks, sequence_, item.sequence) {}
+        keys_(tensors.masks, sequence_.batch) {}
 
   void run() {
     const std::int64_t group = problem_.heads_per_kv_head();
+    const std::int64_t chunk =
+        static_cast<const cpu::CpuDecision&>(plan_.decision()).backward_chunk;
     for (head_ = kv_head_ * group; head_ < (kv_head_ + 1) * group; ++head_) {
       offset_ = problem_.branches[branch_].offsets[static_cast<std::size_t>(head_)];
       if (offset_ < 0) {
         continue;
       }
-      const std::int64_t rows = geometry_.rows(segment_, offset_);
-      const std::int64_t chunk = cpu::backward_chunk(problem_);
-      for (std::int64_t first = 0; first < rows; first += chunk) {
-        attend(first, std::min(first + chunk, rows), rows);
+      query_span_ = geometry_.span(segment_, offset_, sequence_.queries, sequence_.query_row);
+      key_span_ = geometry_.span(segment_, offset_, sequence_.keys, sequence_.key_row);
+      if (problem_.is_causal) {  // earlier queries see none of the keys
+        query_span_.first = std::max(query_span_.first, key_span_.first);
+      }
+      for (std::int64_t first = query_span_.first; first < query_span_.last; first += chunk) {
+        attend(first, std::min(first + chunk, query_span_.last));
       }
     }
   }
@@ -121,25 +142,21 @@ class BackwardSegment {
   std::int64_t position(std::int64_t row) const {
     return geometry_.position(segment_, offset_, row);
   }
-  /// Row of the tensor that holds row `row` of the class.
-  std::int64_t at(std::int64_t row) const { return sequence_.start + position(row); }
 
   /// Query rows [first, last) against all keys of the segment.
-  void attend(std::int64_t first, std::int64_t last, std::int64_t rows) {
-    for (std::int64_t i = first; i < last; ++i) {
-      pack_query(i, i - first);
-    }
+  void attend(std::int64_t first, std::int64_t last) {
+    pack_queries(first, last, 0);
     std::fill_n(scratch_.dquery, static_cast<std::size_t>(last - first) * padded_, 0.0f);
-    const std::int64_t seen_keys = problem_.is_causal ? last : rows;
+    const std::int64_t end = problem_.is_causal ? std::min(key_span_.last, last) : key_span_.last;
     constexpr std::int64_t kBlocksPerTile =
         kBackwardRows / static_cast<std::int64_t>(block_rows(kPanelVectors));
-    for (std::int64_t k = 0; k < seen_keys; k += kTileLanes) {
-      const std::int64_t packed = pack_keys(k, std::min(k + kTileLanes, seen_keys));
+    for (std::int64_t k = key_span_.first; k < end; k += kTileLanes) {
+      const std::int64_t packed = pack_keys(k, std::min(k + kTileLanes, end));
       if (packed == 0) {
         continue;
       }
-      const std::int64_t next = std::min(k + kTileLanes, seen_keys);
-      const std::int64_t after_next = std::min(next + kTileLanes, seen_keys);
+      const std::int64_t next = std::min(k + kTileLanes, end);
+      const std::int64_t after_next = std::min(next + kTileLanes, end);
       upcoming_.clear();
       expect(gradients_.dkey, kv_head_, k, next);
       expect(gradients_.dvalue, kv_head_, k, next);
@@ -158,74 +175,87 @@ class BackwardSegment {
     const auto scale = static_cast<float>(plan_.scale());
     for (std::int64_t i = first; i < last; ++i) {
       add_row(scratch_.dquery + static_cast<std::size_t>(i - first) * padded_, scale, head_dim_,
-              gradient_row(gradients_.dquery, i, head_));
+              gradient_row(gradients_.dquery, query_span_.row(i), head_));
     }
   }
 
-  float* gradient_row(const TensorView& view, std::int64_t row, std::int64_t head) const {
-    return reinterpret_cast<float*>(cpu::row_at(view, sequence_.batch, at(row), head));
+  float* gradient_row(const TensorView& view, std::int64_t at, std::int64_t head) const {
+    return reinterpret_cast<float*>(cpu::row_at(view, sequence_.batch, at, head));
   }
 
-  /// Query, g and the two numbers of one row.
-  void pack_query(std::int64_t row, std::int64_t slot) {
-    const std::int64_t token = at(row);
-    float* const g = scratch_.dout + static_cast<std::size_t>(slot) * head_dim_;
+  /// Queries, dO and the numbers of rows [first, last), from `slot` on.
+  void pack_queries(std::int64_t first, std::int64_t last, std::int64_t slot) {
+    for (std::int64_t row = first; row < last; row += kTileLanes, slot += kTileLanes) {
+      const std::int64_t count = std::min(kTileLanes, last - row);
+      for (std::int64_t i = 0; i < count; ++i) {
+        pack_query(row + i, slot + i, scratch_.rows + static_cast<std::size_t>(i) * padded_);
+      }
+      float dots[kTileLanes];
+      dot_rows(dout_row(slot), head_dim_, scratch_.rows, padded_, static_cast<std::size_t>(count),
+               head_dim_, dots);
+      for (std::int64_t i = 0; i < count; ++i) {
+        float& delta = scratch_.row_delta[slot + i];
+        delta = scratch_.row_base[slot + i] == kInfinity ? 0.0f : delta + dots[i];
+      }
+    }
+  }
+
+  /// One row. `out` receives what dO is multiplied with in delta, row_delta the rest of it.
+  void pack_query(std::int64_t row, std::int64_t slot, float* out) {
+    const std::int64_t token = query_span_.row(row);
     load_row(problem_.dtype, cpu::row_at(tensors_.query, sequence_.batch, token, head_), head_dim_,
-             1.0f, scratch_.query + static_cast<std::size_t>(slot) * head_dim_, head_dim_);
-    const std::byte* const dout = cpu::row_at(tensors_.dout, sequence_.batch, token, head_);
+             units_.sign(), query_row(slot), head_dim_);
+    load_row(tensors_.dout.dtype, cpu::row_at(tensors_.dout, sequence_.batch, token, head_),
+             head_dim_, 1.0f, dout_row(slot), head_dim_);
     const float dlse =
         tensors_.dlse.defined() ? cpu::item_at(tensors_.dlse, sequence_.batch, head_, token) : 0.0f;
-    float lse = cpu::item_at(tensors_.lse, sequence_.batch, head_, token);
+    cpu::LogSum sum{cpu::item_at(tensors_.lse, sequence_.batch, head_, token),
+                    tensors_.lse_residual.defined()
+                        ? cpu::item_at(tensors_.lse_residual, sequence_.batch, head_, token)
+                        : 0.0f};
     float delta = -dlse;
     if (plan_.needs_branch_outputs()) {
-      load_row(problem_.dtype, dout, head_dim_, static_cast<float>(problem_.out_scale), g,
-               head_dim_);
-      const std::int64_t slot_row =
-          plan_.branch_row_begin(branch_, sequence_index_) + segment_ * geometry_.slots() + row;
-      const ConstTensorView& saved = tensors_.branch_out;
-      const float* const branch_out = static_cast<const float*>(saved.data) +
-                                      sequence_.batch * saved.strides[0] +
-                                      head_ * saved.strides[1] + slot_row * saved.strides[2];
+      const std::int64_t saved = plan_.branch_row_begin(branch_, sequence_index_) +
+                                 geometry_.slot(segment_, row) -
+                                 geometry_.first_slot(sequence_.queries.begin);
+      const float* const branch_out =
+          cpu::saved_row(tensors_.branch_out, sequence_.batch, head_, saved);
+      std::transform(branch_out, branch_out + head_dim_, out,
+                     [this](float x) { return out_scale_ * x; });
       if (problem_.merge != Merge::kLse) {
-        const float branch_lse =
-            cpu::item_at(tensors_.branch_lse, sequence_.batch, head_, slot_row);
+        const float* const pair =
+            cpu::saved_row(tensors_.branch_lse, sequence_.batch, head_, saved);
+        const cpu::LogSum branch{pair[0], pair[1]};
         const auto count = static_cast<float>(
             problem_.merge == Merge::kMean
-                ? cpu::covering_branches(problem_, sequence_.length, head_, position(row))
+                ? covering_branches(problem_, sequence_.length, head_, position(row))
                 : 1);
-        // 0 * exp(-inf - -inf) must not appear: such a row has no keys and is dropped below.
-        delta = branch_lse == -kInfinity ? 0.0f : -dlse * count * std::exp(branch_lse - lse);
-        lse = branch_lse + std::log(count);
+        // A branch without keys: -inf - -inf must not appear, the row is dropped below.
+        delta = branch.lse == -kInfinity ? 0.0f : delta * count * units_.share(branch, sum);
+        sum = {branch.lse, branch.residual + std::log2(count)};
       }
-      delta += dot_row(g, branch_out, head_dim_);
     } else {
-      load_row(problem_.dtype, dout, head_dim_, 1.0f, g, head_dim_);
-      load_row(problem_.dtype, cpu::row_at(tensors_.out, sequence_.batch, token, head_), head_dim_,
-               1.0f, scratch_.rows, head_dim_);
-      delta += dot_row(g, scratch_.rows, head_dim_);
-      if (problem_.out_scale != 1.0) {
-        const auto out_scale = static_cast<float>(problem_.out_scale);
-        std::transform(g, g + head_dim_, g, [out_scale](float x) { return out_scale * x; });
-      }
+      load_row(tensors_.out.dtype, cpu::row_at(tensors_.out, sequence_.batch, token, head_),
+               head_dim_, 1.0f, out, head_dim_);
     }
-    const bool has_keys = lse != -kInfinity;
-    scratch_.row_lse[slot] = has_keys ? lse : kInfinity;
-    scratch_.row_delta[slot] = has_keys ? delta : 0.0f;
+    const bool has_keys = sum.lse != -kInfinity;
+    scratch_.row_base[slot] = has_keys ? units_.base_of(sum.lse) : kInfinity;
+    scratch_.row_residual[slot] = has_keys ? sum.residual : 0.0f;
+    scratch_.row_delta[slot] = delta;
   }
 
-  /// Keys [first, last) that take part, as rows (K) and as columns (K, V); zeroes their gradient
-  /// tiles.
+  /// Keys [first, last) that take part, as rows (K) and as columns (K, out_scale V); zeroes their
+  /// gradient tiles.
   std::int64_t pack_keys(std::int64_t first, std::int64_t last) {
     std::size_t packed = 0;
     for (std::int64_t i = first; i < last; ++i) {
-      if (!keys_(position(i))) {
+      const std::int64_t at = key_span_.row(i);
+      if (!keys_(at)) {
         continue;
       }
-      float* const row = scratch_.key + packed * padded_;
-      load_row(problem_.dtype, cpu::row_at(tensors_.key, sequence_.batch, at(i), kv_head_),
-               head_dim_, 1.0f, row, padded_);
-      load_row(problem_.dtype, cpu::row_at(tensors_.value, sequence_.batch, at(i), kv_head_),
-               head_dim_, 1.0f, scratch_.rows + packed * padded_, padded_);
+      load_key(i, packed);
+      load_row(problem_.dtype, cpu::row_at(tensors_.value, sequence_.batch, at, kv_head_),
+               head_dim_, out_scale_, scratch_.rows + packed * padded_, padded_);
       scratch_.key_row[packed++] = i;
     }
     // Lanes beyond the last key are computed and never read, but must stay finite.
@@ -238,13 +268,20 @@ class BackwardSegment {
     return static_cast<std::int64_t>(packed);
   }
 
-  /// Adds rows [first, last) of the class to the rows to prefetch.
+  /// Row `row` of the class as packed key `slot`.
+  void load_key(std::int64_t row, std::size_t slot) const {
+    load_row(problem_.dtype,
+             cpu::row_at(tensors_.key, sequence_.batch, key_span_.row(row), kv_head_), head_dim_,
+             1.0f, key_row(slot), padded_);
+  }
+
+  /// Adds rows [first, last) of the keys to the rows to prefetch.
   template <typename View>
   void expect(const View& view, std::int64_t head, std::int64_t first, std::int64_t last) {
     if (first < last) {
       const std::int64_t size = size_of(view.dtype);
-      upcoming_.add(cpu::row_at(view, sequence_.batch, at(first), head),
-                    geometry_.dilation * view.strides[1] * size, last - first,
+      upcoming_.add(cpu::row_at(view, sequence_.batch, key_span_.row(first), head),
+                    key_span_.step * view.strides[1] * size, last - first,
                     head_dim_ * static_cast<std::size_t>(size));
     }
   }
@@ -255,56 +292,147 @@ class BackwardSegment {
     const auto rows = static_cast<std::size_t>(count);
     const auto keys = static_cast<std::size_t>(packed);
     const auto stride = static_cast<std::ptrdiff_t>(head_dim_);
-    const float* const query = scratch_.query + static_cast<std::size_t>(slot) * head_dim_;
-    const float* const dout = scratch_.dout + static_cast<std::size_t>(slot) * head_dim_;
+    const float* const query = query_row(slot);
+    const float* const dout = dout_row(slot);
     float* const probability = scratch_.probability;
     float* const dscore = scratch_.dscore;
 
     multiply(Broadcast{query, stride, 1}, rows, head_dim_, scratch_.key_columns, kTileLanes, keys,
              StoreAndPrefetch{{probability, kTileLanes}, &upcoming_});
-    exponentiate(rows, keys, scratch_.row_lse + slot);
+    exponentiate(rows, keys, slot);
     if (diagonal) {
-      hide_later_keys(first, rows, keys);
+      hide_later_keys(probability, first, rows, keys);
     }
     const float* const delta = scratch_.row_delta + slot;
     const Broadcast dout_rows{dout, stride, 1};
-    if (problem_.dropout_p > 0.0) {
+    const bool apart = diagonal && !tile_is_finite(slot, rows, keys);
+    if (problem_.dropout_p > 0.0 || apart) {
       multiply(dout_rows, rows, head_dim_, scratch_.value_columns, kTileLanes, keys,
                Store{dscore, kTileLanes});
-      drop(first, rows, keys, delta);
+      score_gradient(first, rows, keys, delta);
     } else {
       multiply(dout_rows, rows, head_dim_, scratch_.value_columns, kTileLanes, keys,
                StoreScoreGradient{dscore, probability, delta});
     }
+    if (apart) {
+      hide_later_keys(dscore, first, rows, keys);
+      add_seen_pairs(first, slot, rows, keys);
+      return;
+    }
+    add_products(slot, rows, keys);
+  }
+
+  /// dV += P^T g, dK += dS^T q, dQ += dS K.
+  void add_products(std::int64_t slot, std::size_t rows, std::size_t keys) {
+    const auto stride = static_cast<std::ptrdiff_t>(head_dim_);
+    const float* const query = query_row(slot);
+    const float* const dout = dout_row(slot);
+    float* const probability = scratch_.probability;
+    float* const dscore = scratch_.dscore;
     multiply(Broadcast{dout, 1, stride}, head_dim_, rows, probability, kTileLanes, keys,
              Accumulate{scratch_.dvalue_columns, kTileLanes});
     multiply(Broadcast{query, 1, stride}, head_dim_, rows, dscore, kTileLanes, keys,
              Accumulate{scratch_.dkey_columns, kTileLanes});
     multiply(Broadcast{dscore, kTileLanes, 1}, rows, keys, scratch_.key, padded_, head_dim_,
-             Accumulate{scratch_.dquery + static_cast<std::size_t>(slot) * padded_, padded_});
+             Accumulate{dquery_row(slot), padded_});
   }
 
-  /// P = e^(scale S - lse_row), at most 1 as lse_row is at least every score. The difference is
-  /// taken in natural units, before the factor log2(e): large scores cancel against lse_row without
-  /// a further rounding.
-  void exponentiate(std::size_t rows, std::size_t keys, const float* row_lse) const {
-    const FloatTag tag;
-    const FloatVector scale = hn::Set(tag, static_cast<float>(plan_.scale()));
-    const FloatVector log2e = hn::Set(tag, static_cast<float>(cpu::kLog2E));
+  float* query_row(std::int64_t slot) const {
+    return scratch_.query + static_cast<std::size_t>(slot) * head_dim_;
+  }
+  float* dout_row(std::int64_t slot) const {
+    return scratch_.dout + static_cast<std::size_t>(slot) * head_dim_;
+  }
+  float* dquery_row(std::int64_t slot) const {
+    return scratch_.dquery + static_cast<std::size_t>(slot) * padded_;
+  }
+  float* key_row(std::size_t key) const { return scratch_.key + key * padded_; }
+
+  bool query_is_finite(std::int64_t slot) const {
+    return is_finite(query_row(slot), head_dim_) && is_finite(dout_row(slot), head_dim_);
+  }
+  bool key_is_finite(std::size_t key) const { return is_finite(key_row(key), head_dim_); }
+
+  /// Whether products over a tile on the diagonal may weigh hidden pairs by zero.
+  bool tile_is_finite(std::int64_t slot, std::size_t rows, std::size_t keys) const {
+    return is_finite(query_row(slot), rows * head_dim_) &&
+           is_finite(dout_row(slot), rows * head_dim_) &&
+           is_finite(scratch_.row_delta + slot, rows) && is_finite(scratch_.key, keys * padded_) &&
+           is_finite(scratch_.value_columns, head_dim_ * kTileLanes);
+  }
+
+  /// The products of a tile on the diagonal that holds numbers that are not finite: these must
+  /// reach what sees them, and 0 * NaN nothing else. Their rows leave the products and are added
+  /// pair by pair.
+  void add_seen_pairs(std::int64_t first, std::int64_t slot, std::size_t rows, std::size_t keys) {
+    std::vector<std::size_t> bad_rows;
+    std::vector<std::size_t> bad_keys;
     for (std::size_t i = 0; i < rows; ++i) {
-      float* const row = scratch_.probability + i * kTileLanes;
-      const FloatVector lse = hn::Set(tag, row_lse[i]);
-      for (std::size_t k = 0; k < keys; k += kVectorFloats) {
-        const FloatVector x = hn::MulSub(scale, hn::LoadU(tag, row + k), lse);
-        hn::StoreU(exp2_at_most_one(hn::Mul(x, log2e)), tag, row + k);
+      const std::int64_t at = slot + static_cast<std::int64_t>(i);
+      if (!query_is_finite(at)) {
+        bad_rows.push_back(i);
+        std::fill_n(query_row(at), head_dim_, 0.0f);
+        std::fill_n(dout_row(at), head_dim_, 0.0f);
+      }
+    }
+    for (std::size_t k = 0; k < keys; ++k) {
+      if (!key_is_finite(k)) {
+        bad_keys.push_back(k);
+        std::fill_n(key_row(k), head_dim_, 0.0f);
+      }
+    }
+    add_products(slot, rows, keys);
+    for (const std::size_t k : bad_keys) {
+      load_key(scratch_.key_row[k], k);
+    }
+    for (const std::size_t i : bad_rows) {
+      const std::int64_t row = first + static_cast<std::int64_t>(i);
+      pack_queries(row, row + 1, slot + static_cast<std::int64_t>(i));
+    }
+    for (std::size_t k = 0; k < keys; ++k) {
+      for (const std::size_t i : bad_rows) {
+        if (scratch_.key_row[k] <= first + static_cast<std::int64_t>(i)) {
+          const std::int64_t at = slot + static_cast<std::int64_t>(i);
+          const float p = scratch_.probability[i * kTileLanes + k];
+          const float ds = scratch_.dscore[i * kTileLanes + k];
+          for (std::size_t c = 0; c < head_dim_; ++c) {
+            scratch_.dvalue_columns[c * kTileLanes + k] += p * dout_row(at)[c];
+            scratch_.dkey_columns[c * kTileLanes + k] += ds * query_row(at)[c];
+          }
+        }
+      }
+    }
+    for (const std::size_t k : bad_keys) {
+      for (std::size_t i = 0; i < rows; ++i) {
+        if (scratch_.key_row[k] <= first + static_cast<std::int64_t>(i)) {
+          add_row(key_row(k), scratch_.dscore[i * kTileLanes + k], head_dim_,
+                  dquery_row(slot + static_cast<std::int64_t>(i)));
+        }
       }
     }
   }
 
-  /// Causal mask of a tile on the diagonal.
-  void hide_later_keys(std::int64_t first, std::size_t rows, std::size_t keys) const {
+  /// P = 2^(f (S - base) - residual), at most 1 as lse_row is at least every score. Product and
+  /// difference are rounded one by one, as in the residual itself.
+  void exponentiate(std::size_t rows, std::size_t keys, std::int64_t slot) const {
+    const FloatTag tag;
+    const FloatVector factor = hn::Set(tag, units_.factor());
     for (std::size_t i = 0; i < rows; ++i) {
       float* const row = scratch_.probability + i * kTileLanes;
+      const FloatVector base = hn::Set(tag, scratch_.row_base[slot + static_cast<std::int64_t>(i)]);
+      const FloatVector residual =
+          hn::Set(tag, scratch_.row_residual[slot + static_cast<std::int64_t>(i)]);
+      for (std::size_t k = 0; k < keys; k += kVectorFloats) {
+        const FloatVector x = hn::Mul(factor, hn::Sub(hn::LoadU(tag, row + k), base));
+        hn::StoreU(exp2_at_most_one(hn::Sub(x, residual)), tag, row + k);
+      }
+    }
+  }
+
+  /// Causal mask of a tile on the diagonal: 0 where the key is later.
+  void hide_later_keys(float* tile, std::int64_t first, std::size_t rows, std::size_t keys) const {
+    for (std::size_t i = 0; i < rows; ++i) {
+      float* const row = tile + i * kTileLanes;
       const std::int64_t* const end = scratch_.key_row + keys;
       const std::int64_t* const hidden =
           std::upper_bound(static_cast<const std::int64_t*>(scratch_.key_row), end,
@@ -313,13 +441,22 @@ class BackwardSegment {
     }
   }
 
-  /// dS = P (keep (g.v) - delta), then P := keep P; `dscore` holds g.v on entry.
-  void drop(std::int64_t first, std::size_t rows, std::size_t keys, const float* delta) const {
-    const cpu::Dropout dropout(problem_, tensors_.masks, sequence_index_, head_, branch_);
+  /// dS = P (keep (g.v) - delta), then P := keep P; `dscore` holds g.v on entry. keep is 1 without
+  /// dropout.
+  void score_gradient(std::int64_t first, std::size_t rows, std::size_t keys,
+                      const float* delta) const {
+    const std::int64_t* const state = tensors_.masks.dropout_state;
+    const bool drops = problem_.dropout_p > 0.0;
+    const Dropout dropout(
+        problem_.dropout_p, drops ? static_cast<std::uint64_t>(state[0]) : 0,
+        drops ? static_cast<std::uint64_t>(state[1]) : 0,
+        dropout_stream(static_cast<std::int64_t>(sequence_index_), problem_.head_offset + head_,
+                       problem_.all_heads(), branch_, problem_.branches.size()));
     for (std::size_t i = 0; i < rows; ++i) {
       const std::int64_t query = position(first + static_cast<std::int64_t>(i));
       for (std::size_t k = 0; k < keys; ++k) {
-        const float keep = dropout(query, position(scratch_.key_row[k]));
+        const float keep =
+            drops ? static_cast<float>(dropout(query, position(scratch_.key_row[k]))) : 1.0f;
         float& p = scratch_.probability[i * kTileLanes + k];
         float& ds = scratch_.dscore[i * kTileLanes + k];
         ds = p * (keep * ds - delta[i]);
@@ -330,16 +467,16 @@ class BackwardSegment {
 
   void add_key_gradients(std::int64_t packed) const {
     const auto keys = static_cast<std::size_t>(packed);
-    const auto scale = static_cast<float>(plan_.scale());
+    const float scale = units_.magnitude();  // packed queries have its sign
     transpose(scratch_.dkey_columns, kTileLanes, head_dim_, keys, scratch_.rows, padded_);
     for (std::size_t k = 0; k < keys; ++k) {
       add_row(scratch_.rows + k * padded_, scale, head_dim_,
-              gradient_row(gradients_.dkey, scratch_.key_row[k], kv_head_));
+              gradient_row(gradients_.dkey, key_span_.row(scratch_.key_row[k]), kv_head_));
     }
     transpose(scratch_.dvalue_columns, kTileLanes, head_dim_, keys, scratch_.rows, padded_);
     for (std::size_t k = 0; k < keys; ++k) {
-      add_row(scratch_.rows + k * padded_, 1.0f, head_dim_,
-              gradient_row(gradients_.dvalue, scratch_.key_row[k], kv_head_));
+      add_row(scratch_.rows + k * padded_, out_scale_, head_dim_,
+              gradient_row(gradients_.dvalue, key_span_.row(scratch_.key_row[k]), kv_head_));
     }
   }
 
@@ -348,12 +485,16 @@ class BackwardSegment {
   const BackwardTensors& tensors_;
   const Gradients& gradients_;
   const BackwardScratch& scratch_;
+  cpu::ScoreUnits units_;
+  float out_scale_;
   std::size_t branch_;
   std::size_t sequence_index_;
   const Sequence& sequence_;
   std::int64_t kv_head_;
   std::int64_t head_ = 0;
   std::int64_t offset_ = 0;
+  RowSpan query_span_{};
+  RowSpan key_span_{};
   std::int64_t segment_;
   BranchGeometry geometry_;
   std::size_t head_dim_;
@@ -362,39 +503,58 @@ class BackwardSegment {
   RowStream upcoming_;
 };
 
-/// Contiguous float32 view like `like`, from `memory` on.
-TensorView float_view(const TensorView& like, std::byte* memory) {
+/// Contiguous float32 view like `like`, from `memory` on; moves `memory` behind it.
+TensorView take_float_view(const TensorView& like, std::byte*& memory) {
   const std::int64_t token = like.shape[2] * like.shape[3];
-  return {memory, DType::kFloat32, like.shape, {like.shape[1] * token, token, like.shape[3], 1}};
+  const TensorView view = {
+      memory, DType::kFloat32, like.shape, {like.shape[1] * token, token, like.shape[3], 1}};
+  memory += like.shape[0] * like.shape[1] * token * static_cast<std::int64_t>(sizeof(float));
+  return view;
 }
 
-std::int64_t float_bytes(const TensorView& view) {
-  return view.shape[0] * view.shape[1] * view.shape[2] * view.shape[3] *
-         static_cast<std::int64_t>(sizeof(float));
-}
+/// One gradient: where it is summed in float32, and the caller's tensor, often the same.
+struct Gradient {
+  TensorView sums;
+  TensorView result;
 
-/// Calls `body(batch, token)` for tokens [begin, end) of the whole call.
+  std::int64_t tokens() const { return result.shape[0] * result.shape[1]; }
+};
+
+/// Calls `body(gradient, batch, token)` for every token of the three gradients.
 template <typename Body>
-void for_each_token(const Problem& problem, std::int64_t begin, std::int64_t end,
+void for_each_token(const ParallelFor& threads, const std::array<Gradient, 3>& gradients,
                     const Body& body) {
-  for (std::int64_t i = begin; i < end; ++i) {
-    body(i / problem.seqlen, i % problem.seqlen);
+  std::int64_t total = 0;
+  for (const Gradient& gradient : gradients) {
+    total += gradient.tokens();
+  }
+  hand_out(threads, total, [&](std::int64_t begin, std::int64_t end, int /*thread*/) {
+    std::int64_t first = 0;
+    for (const Gradient& gradient : gradients) {
+      for (std::int64_t i = std::max(begin, first); i < std::min(end, first + gradient.tokens());
+           ++i) {
+        const std::int64_t rows = gradient.result.shape[1];
+        body(gradient, (i - first) / rows, (i - first) % rows);
+      }
+      first += gradient.tokens();
+    }
+  });
+}
+
+void clear_token(const Gradient& gradient, std::int64_t batch, std::int64_t token) {
+  const TensorView& sums = gradient.sums;
+  for (std::int64_t head = 0; head < sums.shape[2]; ++head) {
+    std::fill_n(reinterpret_cast<float*>(cpu::row_at(sums, batch, token, head)),
+                static_cast<std::size_t>(sums.shape[3]), 0.0f);
   }
 }
 
-void clear_token(const TensorView& view, std::int64_t batch, std::int64_t token) {
-  const auto count = static_cast<std::size_t>(view.shape[3]);
-  for (std::int64_t h = 0; h < view.shape[2]; ++h) {
-    std::fill_n(reinterpret_cast<float*>(cpu::row_at(view, batch, token, h)), count, 0.0f);
-  }
-}
-
-void cast_token(const TensorView& from, const TensorView& to, std::int64_t batch,
-                std::int64_t token) {
-  for (std::int64_t h = 0; h < to.shape[2]; ++h) {
-    const std::byte* const source = cpu::row_at(from, batch, token, h);
-    store_row(to.dtype, reinterpret_cast<const float*>(source),
-              static_cast<std::size_t>(to.shape[3]), cpu::row_at(to, batch, token, h));
+void round_token(const Gradient& gradient, std::int64_t batch, std::int64_t token) {
+  const TensorView& to = gradient.result;
+  for (std::int64_t head = 0; head < to.shape[2] && to.dtype != DType::kFloat32; ++head) {
+    const std::byte* const from = cpu::row_at(gradient.sums, batch, token, head);
+    store_row(to.dtype, reinterpret_cast<const float*>(from), static_cast<std::size_t>(to.shape[3]),
+              cpu::row_at(to, batch, token, head));
   }
 }
 
@@ -402,51 +562,56 @@ void cast_token(const TensorView& from, const TensorView& to, std::int64_t batch
 
 void backward_on_target(const Plan& plan, const BackwardTensors& tensors, const Context& context) {
   const Problem& problem = plan.problem();
-  const std::int64_t bytes = cpu::scratch_bytes<BackwardScratch>(problem);
-  Gradients gradients{tensors.dquery, tensors.dkey, tensors.dvalue};
-  const bool staged = problem.dtype != DType::kFloat32;
-  if (staged) {
-    std::byte* memory = context.workspace.data() + context.parallel_for->num_threads() * bytes;
-    gradients.dquery = float_view(tensors.dquery, memory);
-    memory += float_bytes(tensors.dquery);
-    gradients.dkey = float_view(tensors.dkey, memory);
-    memory += float_bytes(tensors.dkey);
-    gradients.dvalue = float_view(tensors.dvalue, memory);
+  const ParallelFor& threads = *context.parallel_for;
+  const auto& decision = static_cast<const cpu::CpuDecision&>(plan.decision());
+  std::array<Gradient, 3> all = {{{tensors.dquery, tensors.dquery},
+                                  {tensors.dkey, tensors.dkey},
+                                  {tensors.dvalue, tensors.dvalue}}};
+  std::byte* memory = context.workspace.data() + decision.threads * decision.backward_scratch;
+  bool rounds = false;
+  for (Gradient& gradient : all) {
+    if (gradient.result.dtype != DType::kFloat32) {
+      gradient.sums = take_float_view(gradient.result, memory);
+      rounds = true;
+    }
   }
-  const std::int64_t tokens = problem.batch * problem.seqlen;
-  context.parallel_for->run(tokens, [&](std::int64_t begin, std::int64_t end, int) {
-    for_each_token(problem, begin, end, [&](std::int64_t batch, std::int64_t token) {
-      clear_token(gradients.dquery, batch, token);
-      clear_token(gradients.dkey, batch, token);
-      clear_token(gradients.dvalue, batch, token);
-    });
-  });
+  for_each_token(threads, all, clear_token);
+  const Gradients gradients{all[0].sums, all[1].sums, all[2].sums};
 
   // Longest segments first, the order of distributed runs, where their keys come from other ranks.
-  const std::vector<std::size_t> order = cpu::ascending_branches(problem);
-  for (auto branch = order.rbegin(); branch != order.rend(); ++branch) {
-    const Branch& pattern = problem.branches[*branch];
+  for (auto branch = decision.branch_order.rbegin(); branch != decision.branch_order.rend();
+       ++branch) {
+    const std::int64_t segment = problem.branches[*branch].segment;
+    // Segments that hold keys. A sequence that is cut keeps its segments or has only one.
+    const auto first_segment = [segment](const Sequence& sequence) {
+      return sequence.keys.begin / std::min(segment, sequence.length);
+    };
     const cpu::ItemRange items(
-        plan.sequences(), problem.num_kv_heads, [&pattern](std::int64_t length) {
-          return BranchGeometry(length, pattern.segment, pattern.dilation).num_segments();
+        plan.sequences(), problem.num_kv_heads, [&](const Sequence& sequence) {
+          return sequence.keys.size() == 0
+                     ? 0
+                     : ceil_div(sequence.keys.end, std::min(segment, sequence.length)) -
+                           first_segment(sequence);
         });
-    context.parallel_for->run(items.size(), [&](std::int64_t begin, std::int64_t end, int thread) {
-      cpu::Carver carver(context.workspace.data() + thread * bytes);
-      const BackwardScratch scratch(carver, problem);
+    hand_out(threads, items.size(), [&](std::int64_t begin, std::int64_t end, int thread) {
+      cpu::Carver carver(context.workspace.data() + thread * decision.backward_scratch);
+      const BackwardScratch scratch(carver, decision.backward_chunk, problem.head_dim);
       items.visit(begin, end, [&](const cpu::Item& item) {
-        BackwardSegment(plan, tensors, gradients, scratch, *branch, item).run();
+        const Sequence& whole = plan.sequences()[item.sequence];
+        const std::int64_t* const seqused = tensors.masks.seqused;
+        const Sequence sequence = seqused == nullptr ? whole : whole.cut(seqused[item.sequence]);
+        const std::int64_t at = first_segment(whole) + item.part;
+        if (sequence.keys.size() > 0 && at * std::min(segment, sequence.length) < sequence.length) {
+          BackwardSegment(plan, tensors, gradients, scratch, *branch, sequence, item.sequence,
+                          item.head, at)
+              .run();
+        }
       });
     });
   }
 
-  if (staged) {
-    context.parallel_for->run(tokens, [&](std::int64_t begin, std::int64_t end, int) {
-      for_each_token(problem, begin, end, [&](std::int64_t batch, std::int64_t token) {
-        cast_token(gradients.dquery, tensors.dquery, batch, token);
-        cast_token(gradients.dkey, tensors.dkey, batch, token);
-        cast_token(gradients.dvalue, tensors.dvalue, batch, token);
-      });
-    });
+  if (rounds) {
+    for_each_token(threads, all, round_token);
   }
 }
 

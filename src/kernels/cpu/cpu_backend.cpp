@@ -4,7 +4,7 @@
 
 #include "src/backend_table.h"
 #include "src/kernels/cpu/attention.h"
-#include "src/kernels/cpu/scratch.h"
+#include "src/kernels/cpu/decision.h"
 
 namespace dilated {
 namespace {
@@ -16,7 +16,7 @@ std::string unavailable() { return ""; }
 std::string description() { return "Highway " + cpu::simd_target(); }
 
 std::string rejects(const Problem& problem) {
-  if (problem.device != Device::kCpu) {
+  if (problem.device.kind != Device::kCpu) {
     return "tensors are not on the CPU";
   }
   if (problem.dtype == DType::kFloat64) {
@@ -28,15 +28,8 @@ std::string rejects(const Problem& problem) {
   return "";
 }
 
-/// threads * tiles of one thread (scratch.h: 2 MB at head_dim 64, at most 5.4 MB), plus, in the
-/// backward pass of 16-bit dtypes, float32 gradients of the whole call: 4 * batch * seqlen *
-/// head_dim * (num_heads + 2 * num_kv_heads) bytes.
-std::int64_t workspace_bytes(const Plan& plan, Pass pass, int threads) {
-  const Problem& problem = plan.problem();
-  if (pass == Pass::kForward) {
-    return threads * cpu::scratch_bytes<cpu::ForwardScratch>(problem, threads);
-  }
-  return threads * cpu::scratch_bytes<cpu::BackwardScratch>(problem) + cpu::gradient_bytes(problem);
+std::shared_ptr<const Decision> decide(const Plan& plan) {
+  return std::make_shared<cpu::CpuDecision>(plan.problem());
 }
 
 }  // namespace
@@ -46,7 +39,7 @@ const Backend& cpu_backend() {
                                        unavailable,
                                        description,
                                        rejects,
-                                       workspace_bytes,
+                                       decide,
                                        cpu::attention_forward,
                                        cpu::attention_backward};
   return kBackend;

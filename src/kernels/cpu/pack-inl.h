@@ -13,13 +13,12 @@
 #include <cstdint>
 #include <cstring>
 
-#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 
 #include "dilated/tensor_view.h"
 
+#include "src/half.h"
 #include "src/kernels/cpu/gemm-inl.h"
-#include "src/kernels/cpu/half.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace dilated::HWY_NAMESPACE {
@@ -65,58 +64,6 @@ HWY_INLINE void load_row(DType dtype, const std::byte* from, std::size_t count, 
     to[c] = 0.0f;
   }
 }
-
-/// Prefetches rows that will be packed or updated soon, a few at a time between blocks of a
-/// product. Rows of one class lie far apart (one page each), so the hardware does not see them
-/// coming, and in one burst they would stall on the 16 outstanding misses of a core.
-class RowStream {
- public:
-  /// Forgets what is left.
-  void clear() { count_ = next_ = 0; }
-
-  /// Adds `rows` rows of `bytes` bytes, `step` bytes apart.
-  void add(const std::byte* first, std::ptrdiff_t step, std::int64_t rows, std::size_t bytes) {
-    if (rows > 0 && count_ < kMaxParts) {
-      parts_[count_++] = {first, step, rows, bytes};
-    }
-  }
-
-  /// Sets how many rows `advance` takes so that about `calls` calls take them all.
-  void spread(std::int64_t calls) {
-    std::int64_t rows = 0;
-    for (std::size_t i = next_; i < count_; ++i) {
-      rows += parts_[i].rows;
-    }
-    rows_per_call_ = (rows + calls - 1) / std::max<std::int64_t>(calls, 1);
-  }
-
-  HWY_INLINE void advance() {
-    for (std::int64_t i = 0; i < rows_per_call_ && next_ < count_; ++i) {
-      Part& part = parts_[next_];
-      for (std::size_t at = 0; at < part.bytes; at += kLine) {
-        hwy::Prefetch(part.row + at);
-      }
-      hwy::Prefetch(part.row + part.bytes - 1);
-      part.row += part.step;
-      next_ += --part.rows == 0 ? 1 : 0;
-    }
-  }
-
- private:
-  static constexpr std::size_t kLine = 64;
-  static constexpr std::size_t kMaxParts = 8;
-  struct Part {
-    const std::byte* row;
-    std::ptrdiff_t step;
-    std::int64_t rows;
-    std::size_t bytes;
-  };
-
-  Part parts_[kMaxParts];
-  std::size_t count_ = 0;
-  std::size_t next_ = 0;
-  std::int64_t rows_per_call_ = 0;
-};
 
 /// to[c] = from[c] rounded to the dtype.
 HWY_INLINE void store_row(DType dtype, const float* from, std::size_t count, std::byte* to) {
@@ -202,19 +149,54 @@ HWY_INLINE void blend_row(float a, float b, const float* x, std::size_t count, f
   }
 }
 
-/// Sum of x[c] * y[c].
-HWY_INLINE float dot_row(const float* x, const float* y, std::size_t count) {
+/// No infinity, no NaN among count numbers.
+HWY_INLINE bool is_finite(const float* x, std::size_t count) {
   const FloatTag tag;
-  FloatVector sum = hn::Zero(tag);
+  FloatVector sum = hn::Zero(tag);  // 0 times anything finite is 0
   std::size_t c = 0;
   for (; c + kVectorFloats <= count; c += kVectorFloats) {
-    sum = hn::MulAdd(hn::LoadU(tag, x + c), hn::LoadU(tag, y + c), sum);
+    sum = hn::MulAdd(hn::LoadU(tag, x + c), hn::Zero(tag), sum);
   }
   float total = hn::GetLane(hn::SumOfLanes(tag, sum));
   for (; c < count; ++c) {
-    total += x[c] * y[c];
+    total += 0.0f * x[c];
   }
-  return total;
+  return total == 0.0f;
+}
+
+/// dots[r] = sum over c of x[r][c] * y[r][c], added in the order of `multiply`: where y is a row of
+/// that product's other operand, the bits are the same. Eight rows at once hide the latency.
+HWY_INLINE void dot_rows(const float* x, std::size_t x_stride, const float* y, std::size_t y_stride,
+                         std::size_t rows, std::size_t count, float* dots) {
+  const hn::CappedTag<float, 1> one;
+  constexpr std::size_t kRows = 8;
+  for (std::size_t first = 0; first < rows; first += kRows) {
+    const std::size_t last = std::min(first + kRows, rows);
+    hn::Vec<decltype(one)> sum[kRows];
+    for (std::size_t r = 0; r < kRows; ++r) {
+      sum[r] = hn::Zero(one);
+    }
+    if (last - first == kRows) {
+      const float* a = x + first * x_stride;
+      const float* b = y + first * y_stride;
+      for (std::size_t c = 0; c < count; ++c) {
+        for (std::size_t r = 0; r < kRows; ++r) {
+          sum[r] = hn::MulAdd(hn::LoadU(one, a + r * x_stride + c),
+                              hn::LoadU(one, b + r * y_stride + c), sum[r]);
+        }
+      }
+    } else {
+      for (std::size_t r = first; r < last; ++r) {
+        for (std::size_t c = 0; c < count; ++c) {
+          sum[r - first] = hn::MulAdd(hn::LoadU(one, x + r * x_stride + c),
+                                      hn::LoadU(one, y + r * y_stride + c), sum[r - first]);
+        }
+      }
+    }
+    for (std::size_t r = first; r < last; ++r) {
+      dots[r] = hn::GetLane(sum[r - first]);
+    }
+  }
 }
 
 }  // namespace dilated::HWY_NAMESPACE

@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "dilated/plan.h"
+#include "dilated/problem.h"
 
 namespace dilated::cpu {
 
@@ -17,6 +17,9 @@ inline constexpr std::int64_t kTileLanes = 64;
 inline constexpr std::int64_t kForwardKeys = 128;
 /// Query rows of one backward tile.
 inline constexpr std::int64_t kBackwardRows = 64;
+static_assert(kTileLanes % 16 == 0, "a tile's lanes are whole vectors of any width");
+static_assert(kForwardKeys % kTileLanes == 0 && kBackwardRows % 4 == 0,
+              "`transpose` works in blocks of 4 x 4");
 
 constexpr std::int64_t round_up(std::int64_t value, std::int64_t step) {
   return (value + step - 1) / step * step;
@@ -25,34 +28,6 @@ constexpr std::int64_t round_up(std::int64_t value, std::int64_t step) {
 /// Row length of tiles whose vectors run along head_dim: whole vectors of any width up to 16
 /// floats.
 constexpr std::int64_t padded_head_dim(std::int64_t head_dim) { return round_up(head_dim, 16); }
-
-/// Rows of one class whose queries and sums stay in L2 (8 bytes per element, at most 768 KB) while
-/// all keys pass by. No bit of the result depends on it, nor on `forward_block`.
-inline std::int64_t forward_chunk(const Problem& problem) {
-  const std::int64_t fitting =
-      std::max<std::int64_t>(98304 / problem.head_dim / kTileLanes, 2) * kTileLanes;
-  return std::min({fitting, std::int64_t{2048}, round_up(problem.seqlen, kTileLanes)});
-}
-
-/// Consecutive query positions of one forward work item. Long, so that a packed key tile serves
-/// many rows of a sparse class, but short enough for 32 items per thread: with 1536 at head_dim 64
-/// and 768 at 128 the paper's configuration was 3 and 6 % slower on two AVX-512 cores.
-inline std::int64_t forward_block(const Problem& problem, int threads) {
-  const std::int64_t share =
-      problem.batch * problem.seqlen * problem.num_heads / (std::int64_t{32} * threads);
-  return round_up(
-      std::min({std::max<std::int64_t>(share, 256), std::int64_t{4096}, problem.seqlen}),
-      kTileLanes);
-}
-
-/// Query rows whose q, g and dq stay in L2 (12 bytes per element, about 768 KB) while all keys pass
-/// by.
-inline std::int64_t backward_chunk(const Problem& problem) {
-  const std::int64_t fitting =
-      std::max<std::int64_t>(65536 / problem.head_dim / kBackwardRows, 1) * kBackwardRows;
-  return std::min({fitting, std::int64_t{1024},
-                   round_up(std::max<std::int64_t>(problem.seqlen, 1), kBackwardRows)});
-}
 
 /// Hands out 64-byte aligned pieces of memory, or counts bytes if memory is null.
 class Carver {
@@ -72,13 +47,14 @@ class Carver {
   std::int64_t bytes_ = 0;
 };
 
-/// T = forward_block, C = forward_chunk, d = head_dim, e = padded_head_dim.
+/// T = rows of a work item, C = rows of one class at a time, d = head_dim, e = padded_head_dim.
 struct ForwardScratch {
   float* state_out;       // (T, e) merged output of the block
-  float* state_lse;       // (T) merged log-sum-exp, natural
-  float* query;           // (C / 64, d, 64) packed, times scale * log2(e)
+  float* state_max;       // (T) merged maximum of q.k
+  float* state_sum;       // (T) merged sum of powers of 2
+  float* query;           // (C / 64, d, 64) packed, with the sign of scale
   float* sums;            // (C / 64, d, 64) unnormalised output of one branch
-  float* row_max;         // (C) running maximum, base 2
+  float* row_max;         // (C) running maximum of q.k
   float* row_sum;         // (C)
   float* key;             // (kForwardKeys, d)
   float* value;           // (kForwardKeys, d)
@@ -88,13 +64,11 @@ struct ForwardScratch {
   float* rescale;         // (64) factor of older sums
   float* rows;            // (64, e) normalised rows of one query tile
 
-  ForwardScratch(Carver& carver, const Problem& problem, int threads) {
-    const std::int64_t t = forward_block(problem, threads);
-    const std::int64_t c = forward_chunk(problem);
-    const std::int64_t d = problem.head_dim;
+  ForwardScratch(Carver& carver, std::int64_t t, std::int64_t c, std::int64_t d) {
     const std::int64_t e = padded_head_dim(d);
     state_out = carver.take<float>(t * e);
-    state_lse = carver.take<float>(t);
+    state_max = carver.take<float>(t);
+    state_sum = carver.take<float>(t);
     query = carver.take<float>(c * d);
     sums = carver.take<float>(c * d + 4 * kTileLanes);  // `transpose` reads whole blocks of 4 rows
     row_max = carver.take<float>(c);
@@ -109,31 +83,31 @@ struct ForwardScratch {
   }
 };
 
-/// C = backward_chunk, d = head_dim, e = padded_head_dim.
+/// C = query rows of a chunk, d = head_dim, e = padded_head_dim.
 struct BackwardScratch {
-  float* query;           // (C, d)
-  float* dout;            // (C, d) g = out_scale * dout
+  float* query;           // (C, d) with the sign of scale, as in forward
+  float* dout;            // (C, d)
   float* dquery;          // (C, e) without the factor scale
-  float* row_lse;         // (C) lse_row; +inf for rows that contribute nothing
+  float* row_base;        // (C) of lse_row; +inf for rows that contribute nothing
+  float* row_residual;    // (C) of lse_row
   float* row_delta;       // (C)
   float* key;             // (64, e)
   float* key_columns;     // (d, 64)
   float* value_columns;   // (d, 64)
-  float* dkey_columns;    // (d, 64) without the factor scale
+  float* dkey_columns;    // (d, 64) without the factor |scale|
   float* dvalue_columns;  // (d, 64)
   std::int64_t* key_row;  // (64) packed index of each packed key
   float* probability;     // (kBackwardRows, 64)
   float* dscore;          // (kBackwardRows, 64)
   float* rows;            // (64, e) rows on their way
 
-  BackwardScratch(Carver& carver, const Problem& problem) {
-    const std::int64_t c = backward_chunk(problem);
-    const std::int64_t d = problem.head_dim;
+  BackwardScratch(Carver& carver, std::int64_t c, std::int64_t d) {
     const std::int64_t e = padded_head_dim(d);
     query = carver.take<float>(c * d);
     dout = carver.take<float>(c * d);
     dquery = carver.take<float>(c * e);
-    row_lse = carver.take<float>(c);
+    row_base = carver.take<float>(c);
+    row_residual = carver.take<float>(c);
     row_delta = carver.take<float>(c);
     key = carver.take<float>(kTileLanes * e);
     key_columns = carver.take<float>(kTileLanes * d);
@@ -149,21 +123,11 @@ struct BackwardScratch {
 };
 
 /// Bytes of one thread's scratch; arguments are those of its constructor.
-template <typename Scratch, typename... Arguments>
-std::int64_t scratch_bytes(const Arguments&... arguments) {
+template <typename Scratch, typename... Sizes>
+std::int64_t scratch_bytes(Sizes... sizes) {
   Carver counter(nullptr);
-  const Scratch scratch(counter, arguments...);
+  const Scratch scratch(counter, sizes...);
   return counter.bytes();
-}
-
-/// float32 gradients that 16-bit dtypes accumulate in: dquery, dkey, dvalue, one after the other.
-inline std::int64_t gradient_bytes(const Problem& problem) {
-  if (problem.dtype == DType::kFloat32) {
-    return 0;
-  }
-  const std::int64_t rows =
-      problem.batch * problem.seqlen * (problem.num_heads + 2 * problem.num_kv_heads);
-  return rows * problem.head_dim * static_cast<std::int64_t>(sizeof(float));
 }
 
 }  // namespace dilated::cpu

@@ -1,7 +1,7 @@
 // One tile of scores of the forward pass, keys x 64 query lanes: how products write it and its
 // online softmax,
-//   m' = max(m, max_k S),  P = 2^(S - m'),  l' = l 2^(m - m') + sum_k P,  acc' = acc 2^(m - m') +
-//   V^T P.
+//   m' = max(m, max_k S),  P = 2^(f (S - m')),  l' = l 2^(f (m - m')) + sum_k P,
+//   acc' = acc 2^(f (m - m')) + V^T P,  with f as in score_units.h.
 // Every lane is on its own; nothing here depends on which rows share a tile.
 
 #if defined(DILATED_KERNELS_CPU_SOFTMAX_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -20,6 +20,7 @@
 #include "src/kernels/cpu/exp-inl.h"
 #include "src/kernels/cpu/gemm-inl.h"
 #include "src/kernels/cpu/pack-inl.h"
+#include "src/kernels/cpu/row_stream-inl.h"
 #include "src/kernels/cpu/scratch.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -100,9 +101,11 @@ HWY_INLINE void hide_later_keys(const ScoreTile& tile, const std::int64_t* key_r
 }
 
 template <std::size_t kVectors>
-HWY_INLINE void softmax_lanes(const ScoreTile& tile, std::size_t lane, std::size_t keys,
-                              float* HWY_RESTRICT row_max, float* HWY_RESTRICT row_sum) {
+HWY_INLINE void softmax_lanes(const ScoreTile& tile, float factor, std::size_t lane,
+                              std::size_t keys, float* HWY_RESTRICT row_max,
+                              float* HWY_RESTRICT row_sum) {
   const FloatTag tag;
+  const FloatVector factors = hn::Set(tag, factor);
   FloatVector base[kVectors];
   FloatVector sum[kVectors];
   for (std::size_t v = 0; v < kVectors; ++v) {
@@ -112,7 +115,7 @@ HWY_INLINE void softmax_lanes(const ScoreTile& tile, std::size_t lane, std::size
     // A row without keys so far has maximum -inf; 0 in its place keeps -inf - (-inf) out.
     base[v] = hn::IfThenElse(hn::Eq(new_max, hn::Set(tag, kMinusInfinity)), hn::Zero(tag), new_max);
     hn::StoreU(new_max, tag, row_max + at);
-    const FloatVector rescale = exp2_of_nonpositive(hn::Sub(old_max, base[v]));
+    const FloatVector rescale = exp2_of_nonpositive(hn::Mul(factors, hn::Sub(old_max, base[v])));
     hn::StoreU(rescale, tag, tile.rescale + lane + at);
     hn::StoreU(hn::Mul(hn::LoadU(tag, row_sum + at), rescale), tag, row_sum + at);
     sum[v] = hn::Zero(tag);
@@ -121,7 +124,8 @@ HWY_INLINE void softmax_lanes(const ScoreTile& tile, std::size_t lane, std::size
   for (std::size_t k = 0; k < keys; ++k, score += kTileLanes) {
     for (std::size_t v = 0; v < kVectors; ++v) {
       float* const at = score + v * kVectorFloats;
-      const FloatVector p = exp2_of_nonpositive(hn::Sub(hn::LoadU(tag, at), base[v]));
+      const FloatVector p =
+          exp2_of_nonpositive(hn::Mul(factors, hn::Sub(hn::LoadU(tag, at), base[v])));
       sum[v] = hn::Add(sum[v], p);
       hn::StoreU(p, tag, at);
     }
@@ -133,15 +137,15 @@ HWY_INLINE void softmax_lanes(const ScoreTile& tile, std::size_t lane, std::size
 }
 
 /// Online softmax of one score tile: S becomes P, the row state moves to the new maximum.
-HWY_INLINE void softmax(const ScoreTile& tile, std::size_t keys, std::size_t lanes, float* row_max,
-                        float* row_sum) {
+HWY_INLINE void softmax(const ScoreTile& tile, float factor, std::size_t keys, std::size_t lanes,
+                        float* row_max, float* row_sum) {
   constexpr std::size_t kWidth = kPanelVectors * kVectorFloats;
   std::size_t lane = 0;
   for (; lane + kWidth <= lanes; lane += kWidth) {
-    softmax_lanes<kPanelVectors>(tile, lane, keys, row_max + lane, row_sum + lane);
+    softmax_lanes<kPanelVectors>(tile, factor, lane, keys, row_max + lane, row_sum + lane);
   }
   for (; lane < lanes; lane += kVectorFloats) {
-    softmax_lanes<1>(tile, lane, keys, row_max + lane, row_sum + lane);
+    softmax_lanes<1>(tile, factor, lane, keys, row_max + lane, row_sum + lane);
   }
 }
 

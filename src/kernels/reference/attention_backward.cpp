@@ -3,13 +3,15 @@
 // with dO_b = w_b g and dl_b = [w_b (D_b - D), exact lse only] + e^(l_b - L) dL.
 #include <algorithm>
 
+#include "src/hand_out.h"
 #include "src/kernels/reference/attention.h"
 #include "src/kernels/reference/definition.h"
 
 namespace dilated::reference {
 namespace {
 
-/// Gradients of one key/value head of one sequence, accumulated in double, (length, head_dim) each.
+/// Gradients of one key/value head of one sequence, accumulated in double, (key rows, head_dim)
+/// each.
 struct HeadGradients {
   double* dkey;
   double* dvalue;
@@ -17,12 +19,11 @@ struct HeadGradients {
 
 template <typename Element>
 void add_row(const Plan& plan, const BackwardTensors& tensors, std::size_t sequence_index,
-             std::int64_t head, std::int64_t kv_head, std::int64_t p, const Row& row,
+             std::int64_t head, std::int64_t kv_head, std::int64_t position, const Row& row,
              const HeadGradients& gradients) {
   const Problem& problem = plan.problem();
   const Sequence& sequence = plan.sequences()[sequence_index];
   const std::int64_t d = problem.head_dim;
-  const std::int64_t position = sequence.start + p;
   const Element* q = row_at<Element>(tensors.query, sequence.batch, position, head);
   const Element* dout = row_at<Element>(tensors.dout, sequence.batch, position, head);
   Element* dquery = row_at<Element>(tensors.dquery, sequence.batch, position, head);
@@ -55,14 +56,13 @@ void add_row(const Plan& plan, const BackwardTensors& tensors, std::size_t seque
       dlse_b += terms.weight * (branch_delta - merged);
     }
     for (const Term& term : terms.terms) {
-      const std::int64_t j = sequence.start + term.position;
-      const Element* k = row_at<Element>(tensors.key, sequence.batch, j, kv_head);
-      const Element* v = row_at<Element>(tensors.value, sequence.batch, j, kv_head);
+      const Element* k = row_at<Element>(tensors.key, sequence.batch, term.row, kv_head);
+      const Element* v = row_at<Element>(tensors.value, sequence.batch, term.row, kv_head);
       const double dscore =
           plan.scale() * (term.dropped * terms.weight * dot_upstream(v) -
                           term.probability * (terms.weight * branch_delta - dlse_b));
-      double* dk = gradients.dkey + term.position * d;
-      double* dv = gradients.dvalue + term.position * d;
+      double* dk = gradients.dkey + (term.row - sequence.key_row) * d;
+      double* dv = gradients.dvalue + (term.row - sequence.key_row) * d;
       for (std::int64_t c = 0; c < d; ++c) {
         dq[static_cast<std::size_t>(c)] += dscore * static_cast<double>(k[c]);
         dk[c] += dscore * static_cast<double>(q[c]);
@@ -80,7 +80,7 @@ void add_row(const Plan& plan, const BackwardTensors& tensors, std::size_t seque
 std::int64_t backward_doubles(const Plan& plan) {
   std::int64_t longest = 0;
   for (const Sequence& sequence : plan.sequences()) {
-    longest = std::max(longest, sequence.length);
+    longest = std::max(longest, sequence.keys.size());
   }
   return 2 * longest * plan.problem().head_dim;
 }
@@ -88,40 +88,44 @@ std::int64_t backward_doubles(const Plan& plan) {
 void attention_backward(const Plan& plan, const BackwardTensors& tensors, const Context& context) {
   const Problem& problem = plan.problem();
   const auto sequences = static_cast<std::int64_t>(plan.sequences().size());
-  const std::int64_t group = problem.heads_per_kv_head();
+  const std::int64_t group = problem.num_kv_heads > 0 ? problem.heads_per_kv_head() : 0;
   const std::int64_t d = problem.head_dim;
   with_element(problem.dtype, [&]<typename Element>() {
     const Definition<Element> definition(plan, tensors.query, tensors.key, tensors.value,
                                          tensors.masks);
     const auto one_head = [&](std::size_t s, std::int64_t kv_head, double* scratch) {
       const Sequence& sequence = plan.sequences()[s];
-      const HeadGradients gradients{scratch, scratch + sequence.length * d};
-      std::fill_n(scratch, 2 * sequence.length * d, 0.0);
+      const std::int64_t keys = sequence.keys.size();
+      const std::int64_t used_end = definition.sequence(s).queries.end;
+      const HeadGradients gradients{scratch, scratch + keys * d};
+      std::fill_n(scratch, 2 * keys * d, 0.0);
       for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-        for (std::int64_t p = 0; p < sequence.length; ++p) {
-          add_row<Element>(plan, tensors, s, head, kv_head, p, definition.row(s, head, p),
-                           gradients);
+        for (std::int64_t p = sequence.queries.begin; p < sequence.queries.end; ++p) {
+          add_row<Element>(plan, tensors, s, head, kv_head,
+                           sequence.query_row + p - sequence.queries.begin,
+                           p < used_end ? definition.row(s, head, p) : Row{}, gradients);
         }
       }
-      for (std::int64_t p = 0; p < sequence.length; ++p) {
-        Element* dkey = row_at<Element>(tensors.dkey, sequence.batch, sequence.start + p, kv_head);
+      for (std::int64_t row = 0; row < keys; ++row) {
+        Element* dkey =
+            row_at<Element>(tensors.dkey, sequence.batch, sequence.key_row + row, kv_head);
         Element* dvalue =
-            row_at<Element>(tensors.dvalue, sequence.batch, sequence.start + p, kv_head);
+            row_at<Element>(tensors.dvalue, sequence.batch, sequence.key_row + row, kv_head);
         for (std::int64_t c = 0; c < d; ++c) {
-          dkey[c] = static_cast<Element>(gradients.dkey[p * d + c]);
-          dvalue[c] = static_cast<Element>(gradients.dvalue[p * d + c]);
+          dkey[c] = static_cast<Element>(gradients.dkey[row * d + c]);
+          dvalue[c] = static_cast<Element>(gradients.dvalue[row * d + c]);
         }
       }
     };
-    context.parallel_for->run(
-        sequences * problem.num_kv_heads, [&](std::int64_t begin, std::int64_t end, int thread) {
-          double* scratch = reinterpret_cast<double*>(context.workspace.data()) +
-                            static_cast<std::int64_t>(thread) * backward_doubles(plan);
-          for (std::int64_t item = begin; item < end; ++item) {
-            one_head(static_cast<std::size_t>(item / problem.num_kv_heads),
-                     item % problem.num_kv_heads, scratch);
-          }
-        });
+    hand_out(*context.parallel_for, sequences * problem.num_kv_heads,
+             [&](std::int64_t begin, std::int64_t end, int thread) {
+               double* scratch = reinterpret_cast<double*>(context.workspace.data()) +
+                                 static_cast<std::int64_t>(thread) * backward_doubles(plan);
+               for (std::int64_t item = begin; item < end; ++item) {
+                 one_head(static_cast<std::size_t>(item / problem.num_kv_heads),
+                          item % problem.num_kv_heads, scratch);
+               }
+             });
   });
 }
 

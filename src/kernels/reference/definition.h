@@ -44,10 +44,11 @@ double dot(const Element* a, const Element* b, std::int64_t d) {
   return sum;
 }
 
-/// One key that a row sees: its position in the sequence, its probability e^(s - l_b), and that
-/// after dropout.
+/// One key that a row sees: its position in the sequence, its row in the tensors, its probability
+/// e^(s - l_b), and that after dropout.
 struct Term {
   std::int64_t position;
+  std::int64_t row;
   double probability;
   double dropped;
 };
@@ -79,15 +80,22 @@ class Definition {
     return head / plan_.problem().heads_per_kv_head();
   }
 
+  /// The sequence as far as it is used.
+  Sequence sequence(std::size_t index) const {
+    const Sequence& sequence = plan_.sequences()[index];
+    return masks_.seqused == nullptr ? sequence : sequence.cut(masks_.seqused[index]);
+  }
+
+  /// Row at position `p` of the used part of a sequence.
   Row row(std::size_t sequence_index, std::int64_t head, std::int64_t p) const {
     const Problem& problem = plan_.problem();
+    const Sequence sequence = this->sequence(sequence_index);
     Row row;
     for (std::size_t b = 0; b < problem.branches.size(); ++b) {
-      const Sequence& sequence = plan_.sequences()[sequence_index];
       const Branch& branch = problem.branches[b];
       const BranchGeometry geometry(sequence.length, branch.segment, branch.dilation);
       if (geometry.covers(p, branch.offsets[static_cast<std::size_t>(head)])) {
-        row.branches.push_back(branch_terms(sequence_index, head, p, b, geometry));
+        row.branches.push_back(branch_terms(sequence_index, sequence, head, p, b, geometry));
         row.lse = merge_weights(row.lse, row.branches.back().lse).lse;
       }
     }
@@ -98,15 +106,10 @@ class Definition {
   }
 
  private:
-  bool key_takes_part(std::size_t sequence_index, std::int64_t j) const {
-    const Sequence& sequence = plan_.sequences()[sequence_index];
-    if (masks_.seqused != nullptr && j >= masks_.seqused[sequence_index]) {
-      return false;
-    }
+  bool key_takes_part(std::int64_t batch, std::int64_t row) const {
     const auto& mask = masks_.key_mask;
-    return !mask.defined() ||
-           static_cast<const std::uint8_t*>(mask.data)[sequence.batch * mask.strides[0] +
-                                                       (sequence.start + j) * mask.strides[1]] != 0;
+    return !mask.defined() || static_cast<const std::uint8_t*>(
+                                  mask.data)[batch * mask.strides[0] + row * mask.strides[1]] != 0;
   }
 
   double merge_weight(const Row& row, double branch_lse) const {
@@ -121,34 +124,44 @@ class Definition {
     return 0.0;
   }
 
-  BranchTerms branch_terms(std::size_t sequence_index, std::int64_t head, std::int64_t p,
-                           std::size_t b, const BranchGeometry& geometry) const {
+  Dropout dropout(std::size_t sequence_index, std::int64_t head, std::size_t branch) const {
     const Problem& problem = plan_.problem();
-    const Sequence& sequence = plan_.sequences()[sequence_index];
+    const std::int64_t* const state = masks_.dropout_state;
+    return {problem.dropout_p, static_cast<std::uint64_t>(state[0]),
+            static_cast<std::uint64_t>(state[1]),
+            dropout_stream(static_cast<std::int64_t>(sequence_index), problem.head_offset + head,
+                           problem.all_heads(), branch, problem.branches.size())};
+  }
+
+  BranchTerms branch_terms(std::size_t sequence_index, const Sequence& sequence, std::int64_t head,
+                           std::int64_t p, std::size_t b, const BranchGeometry& geometry) const {
+    const Problem& problem = plan_.problem();
     const std::int64_t offset = problem.branches[b].offsets[static_cast<std::size_t>(head)];
     const std::int64_t segment = p / geometry.segment;
-    const Element* q = row_at<Element>(query_, sequence.batch, sequence.start + p, head);
+    const Element* q = row_at<Element>(query_, sequence.batch,
+                                       sequence.query_row + p - sequence.queries.begin, head);
     BranchTerms result{b, kAbsentLse<double>, {}, {}, 0.0};
 
     double top = kAbsentLse<double>;
-    for (std::int64_t i = 0; i < geometry.rows(segment, offset); ++i) {
+    const RowSpan keys = geometry.span(segment, offset, sequence.keys, sequence.key_row);
+    for (std::int64_t i = keys.first; i < keys.last; ++i) {
       const std::int64_t j = geometry.position(segment, offset, i);
-      if ((problem.is_causal && j > p) || !key_takes_part(sequence_index, j)) {
+      if ((problem.is_causal && j > p) || !key_takes_part(sequence.batch, keys.row(i))) {
         continue;
       }
-      const Element* k = row_at<Element>(key_, sequence.batch, sequence.start + j, kv_head(head));
+      const Element* k = row_at<Element>(key_, sequence.batch, keys.row(i), kv_head(head));
       const double score = plan_.scale() * dot(q, k, problem.head_dim);
-      result.terms.push_back({j, score, 0.0});
+      result.terms.push_back({j, keys.row(i), score, 0.0});
       top = std::max(top, score);
     }
     const std::int64_t phantoms = problem.tail == Tail::kPhantom && !problem.is_causal
-                                      ? geometry.phantoms(segment, offset)
+                                      ? geometry.phantoms(segment, offset, sequence.keys)
                                       : 0;
     if (phantoms > 0) {
       top = std::max(top, 0.0);
     }
     result.out.assign(static_cast<std::size_t>(problem.head_dim), 0.0);
-    if (top == kAbsentLse<double>) {
+    if (result.terms.empty() && phantoms == 0) {
       return result;
     }
     // Without phantoms e^-top may overflow (top below -709) and 0 * inf must not appear.
@@ -158,23 +171,13 @@ class Definition {
     }
     result.lse = top + std::log(sum);
 
-    const std::uint64_t key =
-        dropout_key(masks_.dropout_seed, masks_.dropout_offset,
-                    (sequence_index * static_cast<std::uint64_t>(problem.num_heads) +
-                     static_cast<std::uint64_t>(head)) *
-                            problem.branches.size() +
-                        b);
-    const std::uint64_t threshold = dropout_threshold(problem.dropout_p);
     for (Term& term : result.terms) {
       term.probability = std::exp(term.probability - result.lse);
       term.dropped = term.probability;
       if (problem.dropout_p > 0.0) {
-        const bool keep = dropout_draw(key, static_cast<std::uint64_t>(p),
-                                       static_cast<std::uint64_t>(term.position)) < threshold;
-        term.dropped = keep ? term.probability / (1.0 - problem.dropout_p) : 0.0;
+        term.dropped *= dropout(sequence_index, head, b)(p, term.position);
       }
-      const Element* v =
-          row_at<Element>(value_, sequence.batch, sequence.start + term.position, kv_head(head));
+      const Element* v = row_at<Element>(value_, sequence.batch, term.row, kv_head(head));
       for (std::size_t c = 0; c < result.out.size(); ++c) {
         result.out[c] += term.dropped * static_cast<double>(v[c]);
       }

@@ -13,7 +13,7 @@ std::string unavailable() { return ""; }
 std::string description() { return "the definition as loops, double accumulation"; }
 
 std::string rejects(const Problem& problem) {
-  if (problem.device != Device::kCpu) {
+  if (problem.device.kind != Device::kCpu) {
     return "tensors are not on the CPU";
   }
   if (problem.dtype != DType::kFloat32 && problem.dtype != DType::kFloat64) {
@@ -22,11 +22,28 @@ std::string rejects(const Problem& problem) {
   return "";
 }
 
-/// Forward needs none; backward 16 * longest sequence * head_dim bytes per thread.
-std::int64_t workspace_bytes(const Plan& plan, Pass pass, int threads) {
-  return pass == Pass::kForward ? 0
-                                : threads * reference::backward_doubles(plan) *
-                                      static_cast<std::int64_t>(sizeof(double));
+/// Forward needs no scratch; backward 16 * most key rows of a sequence * head_dim bytes per thread.
+class ReferenceDecision final : public Decision {
+ public:
+  explicit ReferenceDecision(const Plan& plan)
+      : threads_(plan.problem().device.units > 0 ? plan.problem().device.units
+                                                 : default_parallel_for().num_threads()),
+        backward_doubles_(reference::backward_doubles(plan)) {}
+
+  std::int64_t workspace_bytes(Pass pass) const override {
+    return pass == Pass::kForward
+               ? 0
+               : threads_ * backward_doubles_ * static_cast<std::int64_t>(sizeof(double));
+  }
+  std::string to_string() const override { return fmt::format("threads       {}\n", threads_); }
+
+ private:
+  std::int64_t threads_;
+  std::int64_t backward_doubles_;
+};
+
+std::shared_ptr<const Decision> decide(const Plan& plan) {
+  return std::make_shared<ReferenceDecision>(plan);
 }
 
 }  // namespace
@@ -36,7 +53,7 @@ const Backend& reference_backend() {
                                        unavailable,
                                        description,
                                        rejects,
-                                       workspace_bytes,
+                                       decide,
                                        reference::attention_forward,
                                        reference::attention_backward};
   return kBackend;
