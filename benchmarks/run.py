@@ -57,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _write(path: Path, result: dict[str, Any]) -> None:
+    """Aside and renamed: a full disk costs no finished row."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(result, indent=1) + "\n")
+    aside.replace(path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark, prints the table and writes the JSON.
 
@@ -117,12 +124,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                         progress=rows.set_description_str,
                     )
                 )
-                output.write_text(json.dumps(result, indent=1) + "\n")
+                _write(output, result)
     except KeyboardInterrupt:
         interrupted = True
     finally:
         torch.set_num_threads(previous_threads)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    _write(output, result)
     print(markdown(result))
     print(f"{'interrupted; ' if interrupted else ''}written to {output}")
     return 1 if interrupted else 0
