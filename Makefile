@@ -25,6 +25,7 @@ unexport DILATED_BACKEND DILATED_LIBRARY PYTHONPATH
 ENVIRONMENT := .venv/.environment
 TEST_ENVIRONMENT := .venv/.test-environment
 PACKAGE := .venv/.package
+EXAMPLES := .venv/.examples
 TEST_PACKAGE := .venv/.test-package
 INSTALLED := build/installed/.installed
 
@@ -32,14 +33,15 @@ CORE_FILES := $(shell find include src cmake -type f) CMakeLists.txt
 PACKAGE_FILES := $(CORE_FILES) $(shell find bindings python/dilated -type f -not -path '*/__pycache__/*') \
   pyproject.toml
 PIP_INSTALL := .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation
+EXAMPLE_REQUIREMENTS := $(wildcard benchmarks/requirements.txt examples/*/requirements.txt)
 
 .PHONY: help
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 .PHONY: demo
-demo: $(PACKAGE) ## Train a LongNet at 16,384 bytes of context on a real corpus; writes demo/report.html
-	.venv/bin/dilated demo --out $(DEMO) $(DEMO_OPTIONS)
+demo: $(EXAMPLES) ## Train a LongNet at 16,384 bytes of context on a real corpus; writes demo/report.html
+	.venv/bin/python examples/longnet demo --out $(DEMO) $(DEMO_OPTIONS)
 
 # In this order: what fails quickly comes first, pytest's summary stands last.
 .PHONY: test
@@ -60,7 +62,7 @@ test: ## Everything: lint, C++ tests, sanitizers, clang, Arm, example, snippets,
 	@$(MAKE) test-python
 
 .PHONY: bench
-bench: $(PACKAGE) ## Time the operator against the best PyTorch compositions; JSON in benchmarks/results
+bench: $(EXAMPLES) ## Time the operator against the best PyTorch compositions; JSON in benchmarks/results
 	.venv/bin/python benchmarks/run.py
 
 # --- parts of `make test` ---------------------------------------------------------------------------------------
@@ -143,12 +145,17 @@ $(TEST_ENVIRONMENT): tools/set_up.sh
 	@touch $@ $(ENVIRONMENT)
 
 $(PACKAGE): $(ENVIRONMENT) $(PACKAGE_FILES)
-	$(PIP_INSTALL) '.[demo]'
+	$(PIP_INSTALL) .
 	@touch $@
 
-$(TEST_PACKAGE): $(TEST_ENVIRONMENT) $(PACKAGE_FILES)
-	$(PIP_INSTALL) '.[demo,test,lint]'
-	@touch $@ $(PACKAGE)
+# What examples/ and benchmarks/ need beside the package.
+$(EXAMPLES): $(PACKAGE) $(EXAMPLE_REQUIREMENTS)
+	$(PIP_INSTALL) $(EXAMPLE_REQUIREMENTS:%=-r %)
+	@touch $@
+
+$(TEST_PACKAGE): $(TEST_ENVIRONMENT) $(PACKAGE_FILES) $(EXAMPLE_REQUIREMENTS)
+	$(PIP_INSTALL) '.[pictures,test,lint]' $(EXAMPLE_REQUIREMENTS:%=-r %)
+	@touch $@ $(PACKAGE) $(EXAMPLES)
 
 # The optimised build of `test-cpp`, installed as a C++ user would.
 $(INSTALLED): $(TEST_ENVIRONMENT) $(CORE_FILES)

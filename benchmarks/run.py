@@ -1,13 +1,139 @@
-"""`make bench`: the yardstick, results beside this file whatever the current folder is."""
+"""The benchmark: ours against the best compositions of torch's kernels, dense attention, torch.mm.
 
+    python benchmarks/run.py --quick
+Measured in one process, on the same threads, interleaved; `measure` says what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import argparse
 import datetime
+import json
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from dilated.bench import main
+import torch
+from tqdm import tqdm
 
-arguments = sys.argv[1:]
-if "--output" not in arguments:
-    name = f"{datetime.datetime.now(datetime.timezone.utc):%Y%m%d-%H%M%S}.json"
-    arguments += ["--output", str(Path(__file__).parent / "results" / name)]
-sys.exit(main(arguments))
+from configurations import QUICK_ROWS, ROWS
+from machine import describe_machine
+from runner import run_row
+from tables import markdown
+
+_RESULTS = Path(__file__).parent / "results"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/run.py",
+        description="Time the operator against PyTorch compositions, dense attention, torch.mm.",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small rows, eager only: under a minute"
+    )
+    parser.add_argument("--rows", help=f"comma-separated: {', '.join([*ROWS, *QUICK_ROWS])}")
+    parser.add_argument("--repeats", type=int, default=5, help="interleaved timings (default: 5)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--no-compile", action="store_true", help="no torch.compile columns")
+    parser.add_argument(
+        "--compile-budget",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="per composition and row; beyond it eager stands (default: 300)",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="JSON to write (default: a dated name in benchmarks/results)"
+    )
+    parser.add_argument(
+        "--markdown",
+        type=Path,
+        metavar="FILE",
+        help="print this result file as Markdown, run nothing",
+    )
+    return parser
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    """Aside and renamed: a full disk costs no finished row."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(result, indent=1) + "\n")
+    aside.replace(path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark, prints the table and writes the JSON.
+
+    Args:
+        argv: Arguments without the program's name; default those of the process.
+
+    Returns:
+        Exit status; 1 if interrupted (finished rows are written).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.markdown:
+        try:
+            print(markdown(json.loads(options.markdown.read_text())))
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"--markdown: expected a result file, got {options.markdown} ({error})")
+        return 0
+    if options.repeats < 1:
+        parser.error(f"--repeats: expected at least 1, got {options.repeats}")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads: expected at least 1, got {options.threads}")
+    known = ROWS | QUICK_ROWS
+    names = options.rows.split(",") if options.rows else list(QUICK_ROWS if options.quick else ROWS)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        parser.error(f"--rows: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    started = datetime.datetime.now(datetime.timezone.utc)
+    kind = "quick" if options.quick else "bench"
+    output = options.output or _RESULTS / f"{kind}-{started:%Y%m%d-%H%M%S}.json"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.touch()
+    except OSError as error:
+        parser.error(f"--output: cannot write {output}: {error.strerror}")
+    previous_threads = torch.get_num_threads()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    result: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/run.py", *arguments]),
+        "started": f"{started:%Y-%m-%d %H:%M} UTC",
+        "threads": torch.get_num_threads(),
+        "repeats": options.repeats,
+        "machine": describe_machine(),
+        "rows": [],
+    }
+    interrupted = False
+    try:
+        with tqdm(names, bar_format="[{elapsed}] {n}/{total} {desc}") as rows:
+            for name in rows:
+                result["rows"].append(
+                    run_row(
+                        name,
+                        known[name],
+                        repeats=options.repeats,
+                        compiled=not (options.no_compile or options.quick),
+                        compile_budget=options.compile_budget,
+                        progress=rows.set_description_str,
+                    )
+                )
+                _write(output, result)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        torch.set_num_threads(previous_threads)
+    _write(output, result)
+    print(markdown(result))
+    print(f"{'interrupted; ' if interrupted else ''}written to {output}")
+    return 1 if interrupted else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

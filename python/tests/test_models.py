@@ -1,4 +1,5 @@
-"""LongNetLM: parity with torchscale's formulas, gradients everywhere, copies, compile, sampling."""
+"""LongNetLM: parity with torchscale's formulas, gradients everywhere, copies, compile, batches of
+sequences."""
 
 from __future__ import annotations
 
@@ -9,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import dilated
 from dilated import reference
-from dilated.models import LongNetLM, apply_xpos, generate, longnet, xpos_tables
+from dilated.models import LongNetLM, apply_xpos, longnet, xpos_tables
 
 SIZES: dict[str, Any] = {
     "vocab_size": 31,
@@ -258,21 +261,94 @@ def test_ten_optimiser_steps_equal_the_definition(monkeypatch: pytest.MonkeyPatc
             assert (grad - exact_grad).abs().max() < 1e-4 * scale, step
 
 
-def test_generate_continues_and_repeats() -> None:
-    model = make_model().train()
-    prompt = torch.tensor([1, 2, 3])
-    draw = [
-        generate(model, prompt, 12, window=8, generator=torch.Generator().manual_seed(3))
-        for _ in range(2)
-    ]
-    assert torch.equal(*draw)
-    assert draw[0].shape == (12,)
-    assert model.training
-    greedy = generate(model, prompt, 1, temperature=0)
-    model.eval()
-    assert greedy.item() == model(prompt[None])[0, -1].argmax().item()
-    one = generate(model, prompt, 1, top_k=1)
-    assert one.item() == greedy.item()
+# --- sequences of different lengths ---------------------------------------------------------------
+
+
+@settings(max_examples=25)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    packed=st.booleans(),
+    as_tensor=st.booleans(),
+    padding=st.integers(-5, 40),
+)
+def test_a_batch_is_its_sequences_alone(
+    lengths: list[int], packed: bool, as_tensor: bool, padding: int
+) -> None:
+    """Packed or padded, each sequence gets the logits and gives the gradients it has alone."""
+    torch.manual_seed(0)
+    model, twin = make_model(num_layers=2).double(), make_model(num_layers=2).double()
+    twin.load_state_dict(model.state_dict())
+    sequences = [torch.randint(31, (n,)) for n in lengths]
+    convert = torch.tensor if as_tensor else list
+    if packed:
+        starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+        logits = model(torch.cat(sequences), cu_seqlens=convert(starts)).split(lengths)
+    else:
+        tokens = torch.full((len(lengths), 41), padding)  # padding need not be a token
+        for row, sequence in zip(tokens, sequences, strict=True):
+            row[: len(sequence)] = sequence
+        rows = model(tokens, seqused=convert(lengths))
+        logits = [row[:n] for row, n in zip(rows, lengths, strict=True)]
+    alone = [twin(sequence[None])[0] for sequence in sequences]
+    for actual, expected in zip(logits, alone, strict=True):
+        assert torch.allclose(actual, expected, rtol=0, atol=1e-11)
+    for every in (logits, alone):
+        sum(part.square().sum() for part in every).backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-9, atol=1e-10)
+
+
+def test_masked_keys_reach_nobody() -> None:
+    """A token whose key is masked changes its own logits only."""
+    model = make_model().eval()
+    tokens = torch.randint(31, (2, 40))
+    changed = tokens.clone()
+    changed[1, 7] = (tokens[1, 7] + 1) % 31
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[1, 7] = False
+    with torch.no_grad():
+        before, after = model(tokens, key_mask=mask), model(changed, key_mask=mask)
+        assert not torch.equal(model(tokens)[1, 8:], before[1, 8:])
+    others = mask.clone()
+    assert torch.equal(before[others], after[others])
+    assert not torch.equal(before[~others], after[~others])
+
+
+def test_packed_length_limit_is_that_of_one_sequence() -> None:
+    """xPos in float16 bounds a sequence, not the pack of many."""
+    model = make_model(num_layers=1).half().eval()
+    pack = torch.zeros(6000, dtype=torch.int64)
+    assert model(pack, cu_seqlens=[0, 3000, 6000]).isfinite().all()
+    with pytest.raises(dilated.InvalidProblem, match=r"^xpos_tables: seqlen: expected <= 4532 for"):
+        model(pack, cu_seqlens=[0, 6000])
+
+
+@pytest.mark.parametrize("kind", ["key_mask", "seqused", "cu_seqlens"])
+def test_compiles_with_sequences(kind: str) -> None:
+    model = make_model(num_layers=1).eval()
+    tokens = torch.randint(31, (24,) if kind == "cu_seqlens" else (2, 24))
+    value = {
+        "key_mask": torch.arange(24).expand(2, 24) % 5 > 0,
+        "seqused": torch.tensor([24, 7]),
+        "cu_seqlens": torch.tensor([0, 10, 24]),
+    }[kind]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    options: dict[str, Any] = {kind: value}
+    assert (compiled(tokens, **options) - model(tokens, **options)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("preset", dilated.presets())
+def test_every_preset_is_causal_or_refused(preset: str) -> None:
+    if preset == "fkodom":
+        text = "LongNetLM: preset: expected a causal one, got 'fkodom' .*later ones included"
+        with pytest.raises(dilated.Unsupported, match=text):
+            make_model(preset=preset)
+        return
+    model = make_model(preset=preset).eval()
+    tokens = torch.randint(31, (1, 50))
+    changed = torch.cat((tokens[:, :30], (tokens[:, 30:] + 1) % 31), dim=1)
+    with torch.no_grad():
+        assert torch.equal(model(tokens)[:, :30], model(changed)[:, :30])
 
 
 @pytest.mark.parametrize(
@@ -302,13 +378,28 @@ def test_generate_continues_and_repeats() -> None:
             "xpos_tables: seqlen: expected <= 4532 for torch.float16 with scale_base = 512, "
             "got 8192 (use scale_base >= 926 or a wider dtype)",
         ),
+        (lambda: make_model(dropout=1.5), "LongNetLM: dropout: expected 0 to 1, got 1.5"),
         (
-            lambda: generate(make_model(), torch.zeros(0, dtype=torch.int64), 1),
-            "generate: prompt: expected shape (n,) with n >= 1, got (0,)",
+            lambda: make_model()(torch.zeros(3, dtype=torch.int64)),
+            "LongNetLM: tokens: expected integers (batch, seqlen), got torch.int64 of shape (3,)",
         ),
         (
-            lambda: generate(make_model(), torch.zeros(1, dtype=torch.int64), 1, temperature=-1),
-            "generate: temperature: expected >= 0, got -1",
+            lambda: make_model()(torch.zeros(1, 3)),
+            "LongNetLM: tokens: expected integers (batch, seqlen), got torch.float32 of shape "
+            "(1, 3)",
+        ),
+        (
+            lambda: make_model()(torch.zeros(1, 3, dtype=torch.int64), cu_seqlens=[0, 3]),
+            "LongNetLM: tokens: expected integers (total,) with cu_seqlens, got torch.int64 of "
+            "shape (1, 3)",
+        ),
+        (
+            lambda: make_model()(torch.zeros(1, 3, dtype=torch.int64), seqused=[1, 2]),
+            "LongNetLM: seqused: expected one length for each of 1 sequences, got shape (2,)",
+        ),
+        (
+            lambda: make_model()(torch.zeros(3, dtype=torch.int64), cu_seqlens=[]),
+            "LongNetLM: cu_seqlens: expected 0, ..., total, got shape (0,)",
         ),
     ],
 )
@@ -316,3 +407,17 @@ def test_errors_whole(call: Any, text: str) -> None:
     with pytest.raises(dilated.InvalidProblem) as caught:
         call()
     assert str(caught.value) == text
+
+
+@pytest.mark.parametrize(
+    "options", [{"merge": "median"}, {"offsets": "nowhere"}, {"segments": [8]}, {"backend": "gpu"}]
+)
+def test_options_are_checked_when_built(options: dict[str, Any]) -> None:
+    with pytest.raises((dilated.InvalidProblem, dilated.Unsupported)):
+        make_model(**options)
+
+
+@pytest.mark.parametrize("bounds", [[0, 2], [1, 3], [0, 5], [0, 2, 1, 3], [0, -1, 3]])
+def test_bounds_that_do_not_fit_are_the_operators_error(bounds: list[int]) -> None:
+    with pytest.raises(dilated.InvalidProblem, match="cu_seqlens"):
+        make_model()(torch.zeros(3, dtype=torch.int64), cu_seqlens=bounds)

@@ -11,23 +11,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from dilated.errors import InvalidProblem
+from dilated._inputs import lengths
+from dilated._options import COLUMN_SUM_PRESETS, OPTION_DEFAULTS
+from dilated.errors import InvalidProblem, Unsupported
 from dilated.functional import dilated_attention
 from dilated.models.xpos import XposTables, apply_xpos, xpos_tables
 
-_ATTENTION_OPTIONS = frozenset(
-    [
-        *("scale", "offsets", "groups", "merge", "out_scale", "lse_grad", "tail"),
-        *("gqa_offset", "preset", "backend"),
-    ]
-)
+if TYPE_CHECKING:
+    from dilated._options import Lengths
+
+# What the model decides itself.
+_OWN_OPTIONS = {"is_causal", "dropout_p", "layout", "head_offset", "total_heads", "total_kv_heads"}
+_ATTENTION_OPTIONS = OPTION_DEFAULTS.keys() - _OWN_OPTIONS
 
 
 class SelfAttention(nn.Module):
@@ -57,8 +59,8 @@ class SelfAttention(nn.Module):
         self.inner_attn_ln = nn.LayerNorm(embed_dim, eps=layer_norm_eps)
         self.out_proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, x: Tensor, tables: XposTables) -> Tensor:
-        """(batch, seqlen, embed_dim) -> the same."""
+    def forward(self, x: Tensor, tables: XposTables, sequences: Mapping[str, Any]) -> Tensor:
+        """(batch, seqlen, embed_dim) or packed (total, embed_dim) -> the same."""
         query = self.q_proj(x).unflatten(-1, (self.num_heads, -1))
         key = self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1))
         value = self.v_proj(x).unflatten(-1, (self.num_kv_heads, -1))
@@ -70,6 +72,8 @@ class SelfAttention(nn.Module):
             dilations=self.dilations,
             is_causal=True,
             dropout_p=self.dropout if self.training else 0.0,
+            layout="shd" if x.dim() == 2 else "bshd",
+            **sequences,
             **self.attention_options,
         )
         return cast(Tensor, self.out_proj(self.inner_attn_ln(out.flatten(-2))))
@@ -85,7 +89,7 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(ffn_dim, embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, seqlen, embed_dim) -> the same."""
+        """(..., embed_dim) -> the same."""
         return cast(Tensor, self.fc2(self.ffn_layernorm(functional.gelu(self.fc1(x)))))
 
 
@@ -102,9 +106,9 @@ class DecoderLayer(nn.Module):
         self.ffn = ffn
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, tables: XposTables) -> Tensor:
-        """(batch, seqlen, embed_dim) -> the same."""
-        x = x + self.dropout(self.self_attn(self.self_attn_layer_norm(x), tables))
+    def forward(self, x: Tensor, tables: XposTables, sequences: Mapping[str, Any]) -> Tensor:
+        """(batch, seqlen, embed_dim) or packed (total, embed_dim) -> the same."""
+        x = x + self.dropout(self.self_attn(self.self_attn_layer_norm(x), tables, sequences))
         return cast(Tensor, x + self.dropout(self.ffn(self.final_layer_norm(x))))
 
 
@@ -130,7 +134,8 @@ class LongNetLM(nn.Module):
             preset, backend of `dilated.dilated_attention`.
 
     Raises:
-        InvalidProblem: a size does not fit another one, or an option is unknown.
+        InvalidProblem: a size does not fit another one, or an option is unknown or breaks a rule.
+        Unsupported: a preset that sees the future, or a back end that cannot run this.
 
     Example:
         >>> import torch
@@ -163,6 +168,9 @@ class LongNetLM(nn.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         ffn_dim = 4 * embed_dim if ffn_dim is None else ffn_dim
         _check_sizes(vocab_size, embed_dim, num_layers, num_heads, num_kv_heads, ffn_dim)
+        for name, p in (("dropout", dropout), ("attention_dropout", attention_dropout)):
+            if not 0.0 <= p <= 1.0:
+                raise InvalidProblem(f"LongNetLM: {name}: expected 0 to 1, got {p}")
         unknown = sorted(attention_options.keys() - _ATTENTION_OPTIONS)
         if unknown:
             raise InvalidProblem(
@@ -170,6 +178,18 @@ class LongNetLM(nn.Module):
                 f"{', '.join(sorted(_ATTENTION_OPTIONS))}, "
                 f"got an unknown option"
             )
+        if attention_options.get("preset") in COLUMN_SUM_PRESETS:
+            raise Unsupported(
+                f"LongNetLM: preset: expected a causal one, got {attention_options['preset']!r} "
+                "(it divides by sums over all positions, later ones included)"
+            )
+        # One position says now whether the options fit; the operator knows the rules.
+        head_dim = embed_dim // num_heads
+        dilated_attention(
+            torch.zeros(1, 1, num_heads, head_dim, device="cpu"),
+            *(torch.zeros(1, 1, num_kv_heads, head_dim, device="cpu") for _ in range(2)),
+            segments=segments, dilations=dilations, is_causal=True, **attention_options,
+        )  # fmt: skip
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.embed_scale = math.sqrt(embed_dim) if scale_embedding else 1.0
         self.xpos_scale_base = xpos_scale_base
@@ -213,29 +233,109 @@ class LongNetLM(nn.Module):
         nn.init.normal_(self.embed_tokens.weight, std=std)
         nn.init.normal_(self.output_projection.weight, std=std)
 
-    def features(self, tokens: Tensor) -> Tensor:
-        """What the output projection reads: (batch, seqlen) int64 -> (batch, seqlen, embed_dim)."""
+    def features(
+        self,
+        tokens: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        seqused: Lengths | None = None,
+        cu_seqlens: Lengths | None = None,
+    ) -> Tensor:
+        """What the output projection reads, (*tokens.shape, embed_dim); arguments of `forward`."""
+        given = {"key_mask": key_mask, "seqused": seqused, "cu_seqlens": cu_seqlens}
+        sequences = {name: value for name, value in given.items() if value is not None}
+        longest, position, length = _positions(tokens, seqused, cu_seqlens)
+        if seqused is not None and length is not None:
+            tokens = tokens.masked_fill(position >= length, 0)  # padding may be any number
         x = self.dropout(self.embed_scale * self.embed_tokens(tokens))
         dtype = torch.get_autocast_dtype("cpu") if _autocast_on(x) else x.dtype
         tables = xpos_tables(
-            tokens.shape[1],
+            longest,
             self.embed_dim // self.num_heads,
+            position=position,
+            length=length,
             scale_base=self.xpos_scale_base,
             dtype=dtype,
-            device=x.device,
         )
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = cast(Tensor, checkpoint(layer, x, tables, use_reentrant=False))
+                x = cast(Tensor, checkpoint(layer, x, tables, sequences, use_reentrant=False))
             else:
-                x = layer(x, tables)
+                x = layer(x, tables, sequences)
         return cast(Tensor, self.layer_norm(x))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the token after each position: (batch, seqlen) int64 -> (batch, seqlen,
-        vocab).
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        seqused: Lengths | None = None,
+        cu_seqlens: Lengths | None = None,
+    ) -> Tensor:
+        """Logits of the token after each position.
+
+        Args:
+            tokens: integers (batch, seqlen), packed (total,).
+            key_mask: bool like tokens, True = the token may be attended to.
+            seqused: the length of every sequence; tokens at or beyond it are padding, whatever they
+                are, and their logits mean nothing.
+            cu_seqlens: starts of packed sequences and their end, 0, ..., total; positions restart.
+
+        Returns:
+            (*tokens.shape, vocab_size).
+
+        Raises:
+            InvalidProblem: a shape does not fit another one.
+
+        Example:
+            >>> import torch
+            >>> from dilated.models import LongNetLM
+            >>> model = LongNetLM(256, 32, 2, 4, segments=[8, 16], dilations=[1, 2])
+            >>> model(torch.zeros(30, dtype=torch.int64), cu_seqlens=[0, 10, 30]).shape
+            torch.Size([30, 256])
         """
-        return cast(Tensor, self.output_projection(self.features(tokens)))
+        features = self.features(tokens, key_mask=key_mask, seqused=seqused, cu_seqlens=cu_seqlens)
+        return cast(Tensor, self.output_projection(features))
+
+
+def _positions(
+    tokens: Tensor, seqused: Lengths | None, cu_seqlens: Lengths | None
+) -> tuple[int, Tensor, Tensor | None]:
+    """The longest length, and of every token its position and (if they differ) its length."""
+    shape = "(batch, seqlen)" if cu_seqlens is None else "(total,) with cu_seqlens"
+    if tokens.dim() != (2 if cu_seqlens is None else 1) or tokens.is_floating_point():
+        raise InvalidProblem(
+            f"LongNetLM: tokens: expected integers {shape}, got {tokens.dtype} of shape "
+            f"{tuple(tokens.shape)}"
+        )
+    rows = torch.arange(tokens.shape[-1], device=tokens.device)
+    if cu_seqlens is None:
+        used = _lengths("seqused", seqused, tokens.shape[0], tokens.device)
+        return tokens.shape[-1], rows, None if used is None else used[:, None]
+    bounds = _lengths("cu_seqlens", cu_seqlens, None, tokens.device)
+    assert bounds is not None
+    whole = bounds.diff()
+    used = _lengths("seqused", seqused, whole.numel(), tokens.device)
+    # Compiled, the longest of a tensor is not known: the whole bounds it.
+    unknown = whole.numel() == 0 or torch.compiler.is_compiling()
+    longest = tokens.shape[0] if unknown else int(whole.max())
+    sequence = torch.searchsorted(bounds[1:], rows, right=True).clamp(max=whole.numel() - 1)
+    return longest, rows - bounds[sequence], (whole if used is None else used)[sequence]
+
+
+def _lengths(
+    name: str, values: Lengths | None, count: int | None, device: torch.device
+) -> Tensor | None:
+    found = lengths(name, values, device)
+    if found is None:
+        return None
+    fits = found.numel() == count if count is not None else found.numel() > 0
+    if found.dim() != 1 or not fits:
+        expected = "0, ..., total" if count is None else f"one length for each of {count} sequences"
+        raise InvalidProblem(
+            f"LongNetLM: {name}: expected {expected}, got shape {tuple(found.shape)}"
+        )
+    return found
 
 
 def _autocast_on(x: Tensor) -> bool:

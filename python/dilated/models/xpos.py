@@ -27,7 +27,7 @@ _MAX_LOG2_SCALE = {
 
 
 class XposTables(NamedTuple):
-    """The factors of one sequence length, (seqlen, head_dim / 2, 2) each: scaled (cosine, sine)."""
+    """The factors of every position, (..., head_dim / 2, 2) each: scaled (cosine, sine)."""
 
     query: Tensor
     key: Tensor
@@ -37,22 +37,27 @@ def xpos_tables(
     seqlen: int,
     head_dim: int,
     *,
+    position: Tensor | None = None,
+    length: Tensor | None = None,
     scale_base: float = 512.0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> XposTables:
-    """Cosines and sines of xPos for positions 0..seqlen-1, scaled up for queries and down for keys.
+    """Cosines and sines of xPos for every position, scaled up for queries and down for keys.
 
     Args:
-        seqlen: n, the number of positions.
+        seqlen: n, the number of positions of the longest sequence.
         head_dim: D, even.
+        position: where each row stands in its sequence, (...) int64; None means 0..n-1.
+        length: the length of each row's sequence, broadcast to `position`; None means n.
         scale_base: distance over which pair i fades by zeta_i; torchscale's 512.
         dtype: of the tensors that will be rotated. Half types get float32 tables: the product is
             rounded once, at its end.
-        device: where the tables are made.
+        device: where the tables are made, if `position` does not say it.
 
     Returns:
-        Two tables (seqlen, head_dim / 2, 2), float32, or float64 for float64.
+        Two tables (..., head_dim / 2, 2), float32, or float64 for float64; (seqlen, ...) without
+        `position`.
 
     Raises:
         InvalidProblem: head_dim is odd, or the sequence is so long that scaled numbers leave the
@@ -77,12 +82,14 @@ def xpos_tables(
             f"scale_base = {scale_base:g}, got {seqlen} "
             f"(use scale_base >= {needed} or a wider dtype)"
         )
+    if position is None:
+        position = torch.arange(seqlen, device=device)
+    centre = (seqlen + 1) // 2 if length is None else (length + 1) // 2
     # float64 here: position * frequency in float32 is off by 1e-3 rad at position 16,384.
-    pair = torch.arange(head_dim // 2, dtype=torch.float64, device=device)
-    position = torch.arange(seqlen, dtype=torch.float64, device=device)[:, None]
-    angle = position * 10000.0 ** (-2.0 * pair / head_dim)
+    pair = torch.arange(head_dim // 2, dtype=torch.float64, device=position.device)
+    angle = position[..., None].double() * 10000.0 ** (-2.0 * pair / head_dim)
     zeta = (2.0 * pair + 0.4 * head_dim) / (1.4 * head_dim)
-    scale = zeta ** ((position - (seqlen + 1) // 2) / scale_base)
+    scale = zeta ** ((position - centre)[..., None].double() / scale_base)
     turn = torch.stack((angle.cos(), angle.sin()), dim=-1)
     scale = scale[..., None]
     return XposTables((turn * scale).to(table_dtype), (turn / scale).to(table_dtype))
@@ -92,8 +99,8 @@ def apply_xpos(x: Tensor, table: Tensor) -> Tensor:
     """Rotates neighbouring pairs: (a, b) -> (a cos - b sin, b cos + a sin).
 
     Args:
-        x: (batch, seqlen, num_heads, head_dim).
-        table: (seqlen, head_dim / 2, 2), from `xpos_tables`.
+        x: (batch, seqlen, num_heads, head_dim), packed (total, num_heads, head_dim).
+        table: (seqlen, head_dim / 2, 2) or one per row of x, from `xpos_tables`.
 
     Returns:
         Shape and dtype of x; half types are computed in float32 and rounded once.
@@ -108,7 +115,7 @@ def apply_xpos(x: Tensor, table: Tensor) -> Tensor:
         torch.Size([1, 8, 2, 4])
     """
     pairs = x.to(table.dtype).unflatten(-1, (-1, 2))
-    table = table[:, None]  # the same for every head
+    table = table.unsqueeze(-3)  # the same for every head
     if torch.compiler.is_compiling():  # Inductor fuses this and has no complex numbers
         a, b = pairs.unbind(-1)
         cos, sin = table.unbind(-1)

@@ -1,0 +1,26 @@
+"""Which machine, which versions: what a reader needs to compare numbers."""
+
+from __future__ import annotations
+
+import platform
+
+import cpuinfo
+import psutil
+import torch
+
+import dilated
+
+
+def describe_machine() -> dict[str, str]:
+    """Names and numbers of the machine and the software, as text."""
+    facts = {
+        "processor": cpuinfo.get_cpu_info().get("brand_raw") or platform.processor() or "unknown",
+        "cores": str(psutil.cpu_count()),
+        "threads used by torch": str(torch.get_num_threads()),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
+        "system": platform.platform(),
+        "back ends": "; ".join(f"{b.name}: {b.description}" for b in dilated.backends()),
+    }
+    # The library's path says nothing to a reader elsewhere.
+    versions = {name: value for name, value in dilated.versions().items() if name != "library"}
+    return facts | versions | {"torch's SIMD": torch.backends.cpu.get_cpu_capability()}
