@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -20,7 +21,7 @@ CASES = [c for c in golden_cases() if not c["cfg"]["colsum"] and c["cfg"]["assig
 def test_rows_beyond_do_not_exist(case: dict[str, Any], backend: str) -> None:
     config, n, heads = case["cfg"], case["n"], case["H"]
     bounds = case["cu_seqlens"] or [0, n]
-    used = [(b - a) * 2 // 3 for a, b in zip(bounds, bounds[1:], strict=False)]
+    used = [(b - a) * 2 // 3 for a, b in itertools.pairwise(bounds)]
     dtype = torch.float64 if backend == "reference" else torch.float32
     shapes = ((heads, 1), (case["Hk"], 2), (case["Hk"], 3), (heads, 4))
     lists = [oracle.rand3(n, h, case["d"], seed) for h, seed in shapes]
