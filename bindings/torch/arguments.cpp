@@ -30,12 +30,6 @@ class Reader {
     return value == -1 ? std::nullopt : std::optional<std::int64_t>(value);
   }
 
-  std::optional<std::string> name(const NameRow& row) {
-    const std::optional<std::int64_t> index = optional_integer();
-    return index ? std::optional<std::string>(row.names[checked(*index, row.names.size())])
-                 : std::nullopt;
-  }
-
   bool flag() { return integer() == 1; }
 
   Ints list(std::int64_t length) {
@@ -74,6 +68,34 @@ class Reader {
   std::size_t next_ = 0;
 };
 
+/// Four bits each: an index plus 1, 0 for "not given".
+class Digits {
+ public:
+  Digits(const Reader& reader, std::int64_t packed)
+      : reader_(reader), rest_(static_cast<std::uint64_t>(packed)) {}
+
+  std::optional<std::size_t> index(std::size_t count) {
+    const auto digit = static_cast<std::int64_t>(rest_ & 15);
+    rest_ >>= 4;
+    return digit == 0 ? std::nullopt
+                      : std::optional<std::size_t>(reader_.checked(digit - 1, count));
+  }
+
+  std::optional<std::string> name(const NameRow& row) {
+    const std::optional<std::size_t> at = index(row.names.size());
+    return at ? std::optional<std::string>(row.names[*at]) : std::nullopt;
+  }
+
+  std::optional<bool> flag() {
+    const std::optional<std::size_t> at = index(2);
+    return at ? std::optional<bool>(*at == 1) : std::nullopt;
+  }
+
+ private:
+  const Reader& reader_;
+  std::uint64_t rest_;
+};
+
 NameRow row_of(const char* option) {
   const auto names = option_names(option);
   return {option, {names.begin(), names.end()}};
@@ -100,24 +122,23 @@ CallOptions unpack(std::optional<double> scale, std::optional<double> out_scale,
   Reader reader("options", packed);
   const std::vector<NameRow>& rows = option_rows();
   CallOptions options;
-  options.layout = parse_layout(reader.name(rows[0]).value_or(""));
-  options.backend = reader.name(rows[1]).value_or("");
-  options.core.preset = reader.name(rows[2]);
-  options.core.offsets = reader.name(rows[3]);
-  options.core.groups = reader.name(rows[4]);
-  options.core.merge = reader.name(rows[5]);
-  options.core.tail = reader.name(rows[6]);
-  options.core.gqa_offset = reader.name(rows[7]);
-  if (const auto lse_grad = reader.optional_integer()) {
-    options.core.lse_grad = *lse_grad == 1;
-  }
-  options.core.is_causal = reader.flag();
-  options.core.head_offset = reader.integer();
-  options.core.total_heads = reader.optional_integer();
-  options.core.total_kv_heads = reader.optional_integer();
+  Digits digits(reader, reader.integer());
+  options.layout = parse_layout(digits.name(rows[0]).value_or(""));
+  options.backend = digits.name(rows[1]).value_or("");
+  options.core.preset = digits.name(rows[2]);
+  options.core.offsets = digits.name(rows[3]);
+  options.core.groups = digits.name(rows[4]);
+  options.core.merge = digits.name(rows[5]);
+  options.core.tail = digits.name(rows[6]);
+  options.core.gqa_offset = digits.name(rows[7]);
+  options.core.lse_grad = digits.flag();
+  options.core.is_causal = digits.flag().value_or(false);
   const std::int64_t num_segments = reader.integer();
   const std::int64_t num_dilations = reader.integer();
   const std::optional<std::int64_t> num_offsets = reader.optional_integer();
+  options.core.head_offset = reader.integer();
+  options.core.total_heads = reader.optional_integer();
+  options.core.total_kv_heads = reader.optional_integer();
   options.core.segments = reader.list(num_segments);
   options.core.dilations = reader.list(num_dilations);
   if (num_offsets) {

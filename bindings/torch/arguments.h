@@ -1,10 +1,12 @@
 // Options as the operators take them. What PyTorch spends on a call grows with the number of its
 // arguments, so all options but the three real numbers travel in one list of integers:
-//   names    one entry per row of `option_rows()` from "layout" to "gqa_offset": index of the name
-//   flags    lse_grad, is_causal
-//   heads    head_offset, total_heads, total_kv_heads
-//   lists    lengths of segments, dilations and the table of offsets, then their entries
-// -1 stands for "not given". python/dilated/_options.py packs, `unpack` reads.
+//   names    four bits each, the first row of `option_rows()` lowest: index of the name plus 1, 0
+//   for
+//            "not given"; then lse_grad and is_causal, 1 for false and 2 for true
+//   lengths  of segments, dilations and the table of offsets, -1 for no table
+//   heads    head_offset, total_heads, total_kv_heads, -1 for "not given"
+//   lists    segments, dilations, table
+// python/dilated/_options.py packs, `unpack` reads.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +28,7 @@ using Ints = std::vector<std::int64_t>;
 
 /// Tail of every schema that takes options.
 inline constexpr const char* kOptionsSchema =
-    "float? scale, float? out_scale, float dropout_p, int[] options";
+    "float? scale, float? out_scale, float dropout_p, SymInt[] options";
 
 /// An argument of the operators and the names it accepts, in the order of their indices.
 struct NameRow {

@@ -25,7 +25,8 @@ struct Extras {
 };
 
 constexpr const char* kExtrasSchema =
-    "Tensor? key_mask, Tensor? seqused, Tensor? cu_seqlens, Tensor? windows, Tensor? dropout_seed";
+    "Tensor? key_mask, Tensor? seqused, Tensor? cu_seqlens, Tensor? windows, Tensor? dropout_seed, "
+    "Tensor? scale_tensor";
 
 /// A checked call: what both passes need before they touch memory.
 struct Call {
@@ -41,6 +42,19 @@ struct Call {
 
 const std::int64_t* int64_data(const Tensor& tensor) {
   return static_cast<const std::int64_t*>(tensor.const_data_ptr());
+}
+
+/// A compiler makes one graph per float, but one for all values of a tensor: scale may come as
+/// either.
+std::optional<double> scale_of(const std::optional<Tensor>& tensor, std::optional<double> number) {
+  if (!tensor) {
+    return number;
+  }
+  if (!tensor->is_cpu() || tensor->dim() != 0 || dtype_name(*tensor) != "float64" || number) {
+    reject("scale_tensor", "a float64 CPU tensor without dimensions, instead of scale",
+           std::string(dtype_name(*tensor)));
+  }
+  return *static_cast<const double*>(tensor->const_data_ptr());
 }
 
 void read_cu_seqlens(const Tensor& cu, Shapes& shapes) {
@@ -187,10 +201,11 @@ std::tuple<Tensor, Tensor> forward_op(const Tensor& query, const Tensor& key, co
                                       const std::optional<Tensor>& cu_seqlens,
                                       const std::optional<Tensor>& windows,
                                       const std::optional<Tensor>& dropout_seed,
+                                      const std::optional<Tensor>& scale_tensor,
                                       std::optional<double> scale, std::optional<double> out_scale,
                                       double dropout_p, const Ints& packed) {
   const Extras extras{key_mask, seqused, cu_seqlens, windows, dropout_seed};
-  const CallOptions options = unpack(scale, out_scale, dropout_p, packed);
+  const CallOptions options = unpack(scale_of(scale_tensor, scale), out_scale, dropout_p, packed);
   const Call call = make_call(options, query, key, value, extras, nullptr);
   Results results(call, query);
   const TorchContext context(call, Pass::kForward, query);
@@ -202,10 +217,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_saving_op(
     const Tensor& query, const Tensor& key, const Tensor& value,
     const std::optional<Tensor>& key_mask, const std::optional<Tensor>& seqused,
     const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& windows,
-    const std::optional<Tensor>& dropout_seed, std::optional<double> scale,
-    std::optional<double> out_scale, double dropout_p, const Ints& packed) {
+    const std::optional<Tensor>& dropout_seed, const std::optional<Tensor>& scale_tensor,
+    std::optional<double> scale, std::optional<double> out_scale, double dropout_p,
+    const Ints& packed) {
   const Extras extras{key_mask, seqused, cu_seqlens, windows, dropout_seed};
-  const CallOptions options = unpack(scale, out_scale, dropout_p, packed);
+  const CallOptions options = unpack(scale_of(scale_tensor, scale), out_scale, dropout_p, packed);
   const Call call = make_call(options, query, key, value, extras, nullptr);
   const Shapes& shapes = call.shapes;
   const DType rows_dtype = call.rows_dtype();
@@ -233,10 +249,11 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(
     const Tensor& lse_residual, const Tensor& branch_out, const Tensor& branch_lse,
     const std::optional<Tensor>& key_mask, const std::optional<Tensor>& seqused,
     const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& windows,
-    const std::optional<Tensor>& dropout_seed, std::optional<double> scale,
-    std::optional<double> out_scale, double dropout_p, const Ints& packed) {
+    const std::optional<Tensor>& dropout_seed, const std::optional<Tensor>& scale_tensor,
+    std::optional<double> scale, std::optional<double> out_scale, double dropout_p,
+    const Ints& packed) {
   const Extras extras{key_mask, seqused, cu_seqlens, windows, dropout_seed};
-  const CallOptions options = unpack(scale, out_scale, dropout_p, packed);
+  const CallOptions options = unpack(scale_of(scale_tensor, scale), out_scale, dropout_p, packed);
   // Gradients may be expanded (out.sum()): only then a copy is made.
   const Tensor dout = dout_given.sizes().back() > 1 && dout_given.strides().back() != 1
                           ? torch::stable::contiguous(dout_given)

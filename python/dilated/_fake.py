@@ -44,7 +44,7 @@ def check(tensors: Sequence[Tensor | None], options: Options) -> int:
             for t in tensors[:3]
             if t is not None
         ]
-        return check((*tiny, None, None, None, None, tensors[-1]), options)
+        return check((*tiny, None, None, None, None, *tensors[-2:]), options)
     on_meta = tensors[0] is not None and tensors[0].device.type == "meta"
     devices = [
         "cpu" if t.device.type == "cpu" or (on_meta and t.device.type == "meta") else str(t.device)
@@ -58,9 +58,15 @@ def check(tensors: Sequence[Tensor | None], options: Options) -> int:
         [t.dim() for _, t in given],
         sizes,
         strides,
-        *options,
+        *options.known(known_size),
     )
     return rows
+
+
+def split(rest: Sequence[Any]) -> tuple[Extras, Options]:
+    """What follows query, key and value in the arguments of forward."""
+    count = len(Extras._fields)
+    return Extras(*rest[:count]), Options(*rest[count:])
 
 
 def _lse_dtype(tensor: Tensor) -> torch.dtype:
@@ -77,7 +83,7 @@ def _branch_rows(seqlen: Any, sequences: Any, windows: bool, options: Options) -
 
 
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    extras, options = Extras(*rest[:5]), Options(*rest[5:])
+    extras, options = split(rest)
     check((query, key, value, *extras), options)
     heads, seqlen = query.shape[_heads_dim(options)], query.shape[_seqlen_dim(options)]
     batch = [] if query.dim() == 3 else [query.shape[0]]
@@ -89,7 +95,7 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
 def _forward_saving_fake(
     query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    extras, options = Extras(*rest[:5]), Options(*rest[5:])
+    extras, options = split(rest)
     out, lse = _forward_fake(query, key, value, *rest)
     rows: Any = 0
     batch = 1 if query.dim() == 3 else query.shape[0]

@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from . import _ops
 from ._ops import NUM_INPUTS
 from ._options import Options
-from .errors import Unsupported, message
+from .errors import Unsupported, message, typed
 
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
@@ -36,7 +36,9 @@ def _records(tensors: Sequence[Tensor]) -> bool:
             message("tangents", "reverse-mode gradients only", "a forward-mode tangent",
                     "the operator has no forward-mode derivative; dilated.reference has")
         )  # fmt: skip
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    return any([tensor.requires_grad for tensor in tensors])  # noqa: C419 - faster than lazily
 
 
 def _record(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -180,6 +182,9 @@ def forward(
     ):
         out, lse = _ops.ask(_ops.forward_op, query, key, value, *extras, *options)
         return out, lse
-    with _BelowAutograd():
-        out, lse = _ops.ask(_ops.forward_op, query, key, value, *extras, *options)
+    try:
+        with _BelowAutograd():
+            out, lse = _ops.forward_op(query, key, value, *extras, *options)
+    except (ValueError, RuntimeError) as error:
+        raise typed(error) from None
     return out, lse

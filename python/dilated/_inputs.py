@@ -15,10 +15,17 @@ if TYPE_CHECKING:
     from ._options import Lengths
 
 
-def tensor_of(argument: str, value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    raise InvalidProblem(message(argument, "a tensor", type(value).__name__))
+def _require_tensor(argument: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise InvalidProblem(message(argument, "a tensor", type(value).__name__))
+
+
+def require_tensors(query: Any, key: Any, value: Any) -> None:
+    """Raise InvalidProblem unless all are tensors."""
+    if isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor):
+        return
+    for name, given in (("query", query), ("key", key), ("value", value)):
+        _require_tensor(name, given)
 
 
 def _integer_tensor(argument: str, value: Tensor, expected: str) -> Tensor:
@@ -59,6 +66,9 @@ def _seed(
     return None if dropout_p == 0.0 else pair
 
 
+_NONE = _ops.Extras()
+
+
 def extras_of(
     query: Tensor,
     options: Options,
@@ -67,12 +77,27 @@ def extras_of(
     cu_seqlens: Lengths | None,
     windows: Tensor | None,
     dropout_seed: SupportsIndex | Tensor | None,
-) -> _ops.Extras:
+) -> tuple[_ops.Extras, Options]:
+    """Optional tensors as the operators take them, and options without what became one of them."""
+    if (
+        key_mask is seqused is cu_seqlens is windows is dropout_seed is None
+        and options.dropout_p == 0.0
+        and (options.scale is None or not torch.compiler.is_compiling())
+    ):
+        return _NONE, options
+    scale_tensor = None
+    if options.scale is not None and torch.compiler.is_compiling():
+        zero = torch.zeros((), dtype=torch.float64, device="cpu")
+        scale_tensor, options = zero + options.scale, options._replace(scale=None)
+    if key_mask is not None:
+        _require_tensor("key_mask", key_mask)
     device = query.device
-    return _ops.Extras(
-        None if key_mask is None else tensor_of("key_mask", key_mask),
+    extras = _ops.Extras(
+        key_mask,
         lengths("seqused", seqused, device),
         lengths("cu_seqlens", cu_seqlens, torch.device("cpu")),
         windows,
         _seed(options.dropout_p, dropout_seed, device),
+        scale_tensor,
     )
+    return extras, options

@@ -58,6 +58,7 @@ class Extras(NamedTuple):
     cu_seqlens: Tensor | None = None
     windows: Tensor | None = None
     dropout_seed: Tensor | None = None
+    scale_tensor: Tensor | None = None  # scale, where a compiler would specialize on a float
 
 
 INPUT_NAMES = ("query", "key", "value", *Extras._fields)

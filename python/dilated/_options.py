@@ -7,7 +7,7 @@ of integers; bindings/torch/arguments.h describes it. The names and their order 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -70,37 +70,52 @@ class Options(NamedTuple):
     dropout_p: float
     packed: list[int]
 
-    def name(self, argument: str) -> str | None:
+    def digit(self, row: str) -> int:
+        """What a name or a flag is packed as: 0 for "not given", else its index plus 1."""
+        return (self.packed[0] >> (4 * _ROWS.index(row))) & 15
+
+    def name(self, row: str) -> str | None:
         """The name given for layout, backend, preset, ..., gqa_offset."""
-        index = self.packed[_ROWS.index(argument)]
-        return None if index < 0 else NAMES[argument][index]
+        digit = self.digit(row)
+        return NAMES[row][digit - 1] if digit else None
 
     @property
     def layout(self) -> str:
-        return LAYOUTS[self.packed[0]]
+        return LAYOUTS[self.digit("layout") - 1]
 
     @property
     def segments(self) -> list[int]:
-        return self.packed[_LISTS : _LISTS + self.packed[_LISTS - 3]]
+        return self.packed[_LISTS : _LISTS + self.packed[1]]
 
     @property
     def dilations(self) -> list[int]:
-        first = _LISTS + self.packed[_LISTS - 3]
-        return self.packed[first : first + self.packed[_LISTS - 2]]
+        first = _LISTS + self.packed[1]
+        return self.packed[first : first + self.packed[2]]
+
+    def known(self, known: Callable[[int], int | None]) -> Options:
+        """The same call with 1 for segments and dilations, 0 for offsets that are not known."""
+        entries = [known(entry) for entry in self.packed]
+        table = _LISTS + len(self.segments) + len(self.dilations)
+        packed = [
+            (1 if i < table else 0) if entry is None else entry for i, entry in enumerate(entries)
+        ]
+        return self._replace(packed=packed)
 
     def with_segments_of(self, length: int) -> Options:
         """The same call with segments of at least `length`; illegal ones stay."""
-        count, packed = len(self.segments), list(self.packed)
-        packed[_LISTS : _LISTS + count] = [w if w < 1 else max(w, length) for w in self.segments]
-        return self._replace(packed=packed)
+        segments = [w if w < 1 else max(w, length) for w in self.segments]
+        rest = self.packed[_LISTS + len(segments) :]
+        return self._replace(packed=[*self.packed[:_LISTS], *segments, *rest])
 
     def single_branch(self, segment: int, dilation: int, offsets: list[int]) -> Options:
         """The same call, layout "bshd", of one branch with these offsets per head."""
-        _, backend, *_ = self.packed
-        unset = [-1] * (len(_ROWS) - 2)
-        _, *causal_and_heads = self.packed[len(_ROWS) : _LISTS - 3]  # without lse_grad
-        head = [LAYOUTS.index("bshd"), backend, *unset, -1, *causal_and_heads]
-        packed = [*head, 1, 1, len(offsets), segment, dilation, *offsets]
+        names = _names_of(
+            layout=LAYOUTS.index("bshd") + 1,
+            backend=self.digit("backend"),
+            is_causal=self.digit("is_causal"),
+        )
+        heads = self.packed[4:_LISTS]
+        packed = [names, 1, 1, len(offsets), *heads, segment, dilation, *offsets]
         return Options(self.scale, None, self.dropout_p, packed)
 
 
@@ -120,11 +135,17 @@ NAMES = read_names()
 COLUMN_SUM_PRESETS = NAMES.pop("column_sums")
 LAYOUTS = NAMES["layout"]
 
-# Order of the packed integers, bindings/torch/arguments.h: names, 5 flags and heads, 3 lengths.
-_ROWS = tuple(row for row in NAMES if row != "dtype")
-_LISTS = len(_ROWS) + 8
+# The packed integers (bindings/torch/arguments.h): names and flags, 3 lengths, 3 numbers of heads,
+# lists.
+_ROWS = (*(row for row in NAMES if row != "dtype"), "lse_grad", "is_causal")
+_LISTS = 7
 
 DTYPES = tuple(getattr(torch, name) for name in NAMES["dtype"])
+
+
+def _names_of(**digits: int) -> int:
+    """Names and flags in one integer, four bits each."""
+    return sum(digit << (4 * _ROWS.index(row)) for row, digit in digits.items())
 
 
 def _refuse(argument: str, expected: str, got: str, hint: str = "") -> InvalidProblem:
@@ -136,8 +157,15 @@ def _text(value: object) -> str:
     return f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)
 
 
+def _has_64_bits(number: int) -> bool:
+    """Compilers know no other integers, and maybe not the value."""
+    return torch.compiler.is_compiling() or -(2**63) <= number < 2**63
+
+
 def integer(argument: str, value: Any, expected: str = "an integer") -> int:
     """A 64-bit integer of any kind but bool."""
+    if type(value) is int and _has_64_bits(value):
+        return value
     if isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
     if isinstance(value, bool | str | Tensor):
@@ -146,7 +174,7 @@ def integer(argument: str, value: Any, expected: str = "an integer") -> int:
         number = operator.index(value)
     except TypeError:
         raise _refuse(argument, expected, _text(value)) from None
-    if not -(2**63) <= number < 2**63:
+    if not _has_64_bits(number):
         raise _refuse(argument, f"{expected} of 64 bits", str(number))
     return number
 
@@ -160,7 +188,7 @@ def integers(argument: str, values: Any) -> list[int]:
         raise _refuse(argument, "a sequence of integers", "a Tensor", hint)
     listed = list(values)
     for i, value in enumerate(listed):
-        if type(value) is not int or not -(2**63) <= value < 2**63:
+        if type(value) is not int or not _has_64_bits(value):
             listed[i] = integer(f"{argument}[{i}]", value)
     return listed
 
@@ -186,16 +214,16 @@ def flag(argument: str, value: Any) -> bool:
     raise _refuse(argument, "True or False", _text(value))
 
 
-def index_of(argument: str, value: Any) -> int:
-    """Index of an option's name, -1 for None."""
+def digit_of(argument: str, value: Any) -> int:
+    """Index of an option's name plus 1, 0 for None."""
     if value is None:
-        return -1
+        return 0
     names = NAMES[argument]
     if not isinstance(value, str):
         raise _refuse(argument, f"one of {', '.join(names)}", _text(value))
     if value not in names:
         raise _refuse(argument, f"one of {', '.join(names)}", value)
-    return names.index(value)
+    return names.index(value) + 1
 
 
 def _table(offsets: Any, branches: int) -> list[int]:
@@ -223,7 +251,7 @@ def _heads(argument: str, value: Any) -> int:
 _SCALE_HINT = "a learnable scale goes into the query: query * scale, with scale=1.0"
 
 
-def attention_options(
+def _pack(
     *,
     segments: Any,
     dilations: Any,
@@ -244,34 +272,33 @@ def attention_options(
     total_heads: Any = None,
     total_kv_heads: Any = None,
 ) -> Options:
-    """Options of a call from what the user gave; the defaults of all public functions stand here.
-
-    Raises:
-        InvalidProblem: a value is of the wrong type, or a name that does not exist.
-    """
+    """attention_options, each time anew; the defaults of all public functions stand here."""
     segments = integers("segments", segments)
     dilations = integers("dilations", dilations)
     named = offsets is None or isinstance(offsets, str)
     table = [] if named else _table(offsets, len(segments))
     if layout is None:
         raise _refuse("layout", f"one of {', '.join(LAYOUTS)}", "None")
+    names = _names_of(
+        layout=digit_of("layout", layout),
+        backend=digit_of("backend", backend),
+        preset=digit_of("preset", preset),
+        offsets=digit_of("offsets", offsets) if named else 0,
+        groups=digit_of("groups", groups),
+        merge=digit_of("merge", merge),
+        tail=digit_of("tail", tail),
+        gqa_offset=digit_of("gqa_offset", gqa_offset),
+        lse_grad=0 if lse_grad is None else 1 + flag("lse_grad", lse_grad),
+        is_causal=1 + flag("is_causal", is_causal),
+    )
     packed = [
-        index_of("layout", layout),
-        index_of("backend", backend),
-        index_of("preset", preset),
-        index_of("offsets", offsets) if named else -1,
-        index_of("groups", groups),
-        index_of("merge", merge),
-        index_of("tail", tail),
-        index_of("gqa_offset", gqa_offset),
-        -1 if lse_grad is None else int(flag("lse_grad", lse_grad)),
-        int(flag("is_causal", is_causal)),
-        integer("head_offset", head_offset),
-        _heads("total_heads", total_heads),
-        _heads("total_kv_heads", total_kv_heads),
+        names,
         len(segments),
         len(dilations),
         -1 if named else len(table),
+        integer("head_offset", head_offset),
+        _heads("total_heads", total_heads),
+        _heads("total_kv_heads", total_kv_heads),
         *segments,
         *dilations,
         *table,
@@ -285,4 +312,42 @@ def attention_options(
 
 
 #: Defaults of all options, by name.
-OPTION_DEFAULTS: dict[str, Any] = attention_options.__kwdefaults__ or {}
+OPTION_DEFAULTS: dict[str, Any] = _pack.__kwdefaults__ or {}
+
+# Checking and packing takes as long as the operator needs for a small problem.
+_packed: dict[Any, Options] = {}
+_MOST_PACKED = 256
+
+
+def _key(segments: Any, dilations: Any, options: dict[str, Any]) -> Any:
+    """A key of these values and their types: True is not 1. None for values without a hash."""
+    try:
+        values = (*segments, None, *dilations, None, *options.values())
+        key = (values, tuple(map(type, values)), tuple(options))
+        hash(key)
+    except TypeError:  # tables, mistakes
+        return None
+    return key
+
+
+def attention_options(*, segments: Any, dilations: Any, **options: Any) -> Options:
+    """Options of a call from what the user gave.
+
+    Raises:
+        InvalidProblem: a value is of the wrong type, or a name that does not exist.
+        TypeError: an option does not exist.
+    """
+    if not options.keys() <= OPTION_DEFAULTS.keys():
+        unknown = ", ".join(sorted(options.keys() - OPTION_DEFAULTS.keys()))
+        raise TypeError(f"dilated_attention: unexpected options {unknown}")
+    key = None
+    if not torch.compiler.is_compiling():
+        key = _key(segments, dilations, options)
+    known = None if key is None else _packed.get(key)
+    if known is None:
+        known = _pack(segments=segments, dilations=dilations, **options)
+        if key is not None:
+            if len(_packed) >= _MOST_PACKED:
+                _packed.clear()
+            _packed[key] = known
+    return known

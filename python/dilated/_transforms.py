@@ -66,8 +66,8 @@ def _vmap(operator: Any, num_tensors: int) -> Callable[..., Any]:
         size = info.batch_size
 
         def fold(tensor: Tensor | None, dim: int | None) -> Tensor | None:
-            if tensor is None:
-                return None
+            if tensor is None or tensor.dim() == 0:  # scale_tensor
+                return tensor
             mapped = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
             return mapped.flatten(0, 1)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, SupportsIndex, overload
 from torch import Tensor
 
 from . import _fake, _gradients, _ops, _transforms, parity  # noqa: F401 - registers operators
-from ._inputs import extras_of, tensor_of
+from ._inputs import extras_of, require_tensors
 from ._options import COLUMN_SUM_PRESETS, attention_options, flag
 
 if TYPE_CHECKING:
@@ -144,10 +144,9 @@ def dilated_attention(
         >>> out.shape
         torch.Size([2, 100, 8, 16])
     """
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        tensor_of(name, tensor)
+    require_tensors(query, key, value)
     checked = attention_options(segments=segments, dilations=dilations, **options)
-    extras = extras_of(query, checked, key_mask, seqused, cu_seqlens, None, dropout_seed)
+    extras, checked = extras_of(query, checked, key_mask, seqused, cu_seqlens, None, dropout_seed)
     if flag("row_shift", row_shift):
         out, lse = _ops.ask(parity.row_shift_op, query, key, value, *extras, *checked)
     elif options.get("preset") in COLUMN_SUM_PRESETS:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._fake import check
+from ._fake import check, split
 from ._ops import Extras
 from ._options import DTYPES, Options
 from .errors import InvalidProblem, Unsupported, message
@@ -84,7 +84,7 @@ def merge_by_lse(
 
 def _column_sums(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Preset fkodom: (out, lse) in the user's layout."""
-    extras, options = Extras(*rest[:5]), Options(*rest[5:])
+    extras, options = split(rest)
     # The core's rules for the whole call, before it is taken apart.
     check((query, key, value, *extras), options)
     if options.layout not in _TO_BSHD:
@@ -121,7 +121,7 @@ def _pad_segments(x: Tensor, segment: Any, padded: Any) -> Tensor:
 
 def _row_shift(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Preset torchscale with upstream's shift of rows: (out, lse) in the user's layout."""
-    extras, options = Extras(*rest[:5]), Options(*rest[5:])
+    extras, options = split(rest)
     preset = options.name("preset")
     if preset != "torchscale":
         text = message("row_shift", "False, or preset 'torchscale'", f"preset {preset!r}")
@@ -154,7 +154,7 @@ def _row_shift(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[T
         out, lse = _attend((q_b, k_b, v_b), branch_extras, b, single)
         outs.append(out[:, :n])
         lses.append(lse[:, :, :n])
-    weights_have_gradient = options.packed[8] == 1
+    weights_have_gradient = options.digit("lse_grad") == 2
     out, lse = merge_by_lse(outs, lses, weights_have_gradient)
     return out.to(_out_dtype(query)).permute(_TO_BSHD[options.layout]).contiguous(), lse
 

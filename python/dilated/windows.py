@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from . import _gradients, _ops
-from ._inputs import extras_of, lengths, tensor_of
+from ._inputs import extras_of, lengths, require_tensors
 from ._options import (
     COLUMN_SUM_PRESETS,
     DTYPES,
     attention_options,
-    index_of,
+    digit_of,
     integer,
 )
 from .errors import InvalidProblem, Unsupported, message
@@ -104,8 +104,7 @@ def window_attention(
         >>> out.shape
         torch.Size([1, 10, 8, 16])
     """
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        tensor_of(name, tensor)
+    require_tensors(query, key, value)
     checked = attention_options(segments=segments, dilations=dilations, **options)
     if options.get("preset") in COLUMN_SUM_PRESETS:
         hint = "its column sums run over the whole sequence"
@@ -144,7 +143,7 @@ def window_attention(
         starts[1] + keys,
     )
     windows = torch.stack(columns, dim=1)
-    extras = extras_of(query, checked, key_mask, seqused, None, windows, dropout_seed)
+    extras, checked = extras_of(query, checked, key_mask, seqused, None, windows, dropout_seed)
     return _gradients.forward(query, key, value, extras, checked)
 
 
@@ -191,6 +190,6 @@ def merge(
     if chosen not in DTYPES:
         expected = f"one of {', '.join(map(str, DTYPES))}"
         raise InvalidProblem(message("dtype", expected, str(chosen), op="merge"))
-    at = index_of("layout", layout)
+    at = digit_of("layout", layout) - 1
     out, lse = _ops.ask(_ops.merge_op, outs, lses, at, DTYPES.index(chosen))
     return out, lse

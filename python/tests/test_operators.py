@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from support import Case, run
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dilated
@@ -87,86 +86,6 @@ def test_opcheck_merge() -> None:
     dout, dlse = torch.randn(2, 5, 3, 4).bfloat16(), torch.randn(2, 3, 5)
     results = torch.library.opcheck(_ops.merge_backward_op, (dout, dlse, *parts, 0))
     assert set(results.values()) == {"SUCCESS"}
-
-
-COMPILED: list[dict[str, Any]] = [
-    {"is_causal": True},
-    {"merge": "sum"},
-    {"lse_grad": False, "tail": "phantom"},
-    {"preset": "fork"},
-    {"dropout_p": 0.5, "dropout_seed": 3},
-]
-
-
-@pytest.mark.parametrize("options", COMPILED, ids=str)
-def test_compile_once_for_all_lengths(options: dict[str, Any]) -> None:
-    """fullgraph, dynamic: one graph whatever the length, same bits as eager."""
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-
-    def call(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return dilated.dilated_attention(*inputs, **SHAPE, **options, return_lse=True)
-
-    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
-    graphs = set()
-    for n in (7, 16, 33, 50, 2):
-        inputs = [torch.randn(2, n, 4, 8, requires_grad=True) for _ in range(3)]
-        results = []
-        for function in (compiled, call):
-            out, lse = function(*inputs)
-            finite = lse.masked_fill(lse == -torch.inf, 0.0)
-            results.append((out, lse, *torch.autograd.grad((out.sum() + finite.sum()), inputs)))
-        for a, b in zip(*results, strict=True):
-            assert torch.equal(a, b)
-        graphs.add(counter.frame_count)
-    assert len(graphs) == 1, "a new length compiled again"
-
-
-def test_compile_with_inductor_and_a_module() -> None:
-    torch._dynamo.reset()
-    module = dilated.MultiheadDilatedAttention(32, 4, [8, 32], [1, 4], is_causal=True)
-    compiled = torch.compile(module, fullgraph=True, dynamic=True)
-    for n in (11, 40):
-        x = torch.randn(2, n, 32)
-        torch.testing.assert_close(compiled(x)[0], module(x)[0])
-
-
-def test_error_while_compiling_contains_the_cores_line() -> None:
-    torch._dynamo.reset()
-    x = torch.randn(1, 4, 2, 8)
-    compiled = torch.compile(
-        lambda x: dilated.dilated_attention(x, x, x, segments=[4], dilations=[0]), backend="eager"
-    )
-    with pytest.raises(Exception, match="1 <= dilation <= 2\\^40, got 0"):
-        compiled(x)
-
-
-def test_compile_with_a_length_that_depends_on_data() -> None:
-    """The length is not known even as an example; rules are then checked by the call alone."""
-    torch._dynamo.reset()
-
-    def call(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-        kept = x[keep]
-        return dilated.dilated_attention(kept, kept, kept, **SHAPE, merge="sum", layout="shd")
-
-    x, keep = torch.randn(30, 2, 8, requires_grad=True), torch.rand(30) > 0.4
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
-        assert torch.equal(compiled(x, keep), call(x, keep))
-        gradients = [torch.autograd.grad(f(x, ~keep).sum(), x)[0] for f in (compiled, call)]
-    assert torch.equal(*gradients)
-
-
-def test_export_with_dynamic_batch_and_length() -> None:
-    class Model(torch.nn.Module):
-        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return dilated.dilated_attention(q, k, v, **SHAPE, merge="mean", is_causal=True)
-
-    n, b = torch.export.Dim("n", min=2, max=1000), torch.export.Dim("b", min=1, max=64)
-    example = tuple(torch.randn(2, 9, 4, 8) for _ in range(3))
-    program = torch.export.export(Model(), example, dynamic_shapes=({0: b, 1: n},) * 3)
-    inputs = [torch.randn(3, 40, 4, 8) for _ in range(3)]
-    assert torch.equal(program.module()(*inputs), Model()(*inputs))
 
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
