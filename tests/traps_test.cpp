@@ -135,6 +135,24 @@ TEST(Traps, NonFiniteValuesStayInRowsThatAttendToThem) {  // R22
   }
 }
 
+TEST(Traps, TheMaximumMovesFromTileToTile) {  // X7: older sums are rescaled in every tile of keys
+  for (const bool is_causal : {false, true}) {
+    Problem problem = testing::paper_problem(1000, 2, 16, {{1000, 1}, {600, 2}});
+    problem.is_causal = is_causal;
+    problem.scale = 1.0;
+    Inputs inputs = make_inputs(problem, {.amplitude = 0.5});
+    inputs.query.for_each([&](auto b, auto p, auto h, auto c) {
+      if (c == 0) {
+        inputs.query.set(b, p, h, c, h == 0 ? 1.0 : -1.0);
+        inputs.key.set(b, p, h, c, static_cast<double>(p) / 100.0);  // rises or falls by head
+      }
+    });
+    EXPECT_EQ(testing::rule_violation(problem, inputs,
+                                      testing::run(problem, inputs, {.backend = "cpu"}), 32),
+              "");
+  }
+}
+
 TEST(Traps, ZerosAndDenormals) {  // R22
   for (const double amplitude : {0.0, 1e-40}) {
     Problem problem = testing::paper_problem(50, 2, 8, {{16, 1}, {50, 2}});

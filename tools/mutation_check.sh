@@ -2,7 +2,7 @@
 # Tests of the tests: changes one term of the sources and demands that the tests named beside it turn red.
 #   tools/mutation_check.sh                    every mutant
 #   tools/mutation_check.sh --part N [SEED]    N of them; the seed, by default the day, says which
-# Works on a copy in build/mutation, built for one SIMD target. An expression that no longer changes exactly one line
+# Works on a copy in build/mutation, built for the SIMD target of this machine only. An expression that no longer changes exactly one line
 # is a failure too: it is brought up to date together with the sources.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -25,6 +25,7 @@ mutants=(
   'sequences: batch entry|sequences.cpp|s/packed \? 0 : s, length/packed ? 0 : 0 * s, length/|property_test'
   'sequences: first key row|sequences.cpp|s/key_row \+= window\.keys/key_row += window.queries/|window_test'
   'softmax: sign of the rescaling|kernels/cpu/softmax-inl.h|s/hn::Sub\(old_max, base/hn::Sub(base[v], old_max - base/|property_test'
+  'softmax: older sums not rescaled|kernels/cpu/softmax-inl.h|s/hn::LoadU\(tag, at\), factors, block/hn::LoadU(tag, at), hn::Set(tag, 1.0f), block/|traps_test'
   'softmax: own key hidden|kernels/cpu/softmax-inl.h|s/hn::Le\(key, query\)/hn::Lt(key, query)/|property_test'
   'forward: weight of phantoms|kernels/cpu/attention_forward.cpp|s/units_\.power\(-top\)/units_.power(top)/|property_test'
   'forward: last causal key|kernels/cpu/attention_forward.cpp|s/std::min\(piece\.keys\.last, piece\.queries\.last\)/std::min(piece.keys.last, piece.queries.last - 1)/|property_test'
@@ -38,8 +39,12 @@ mutants=(
   'backward: saved rows of a window|kernels/cpu/attention_backward.cpp|s/geometry_\.first_slot\(sequence_\.queries\.begin\)/0/|window_test'
   'backward: hidden NaN|kernels/cpu/attention_backward.cpp|s/= diagonal && !tile_is_finite/= false \&\& !tile_is_finite/|nonfinite_test'
   'pack: bfloat16|kernels/cpu/pack-inl.h|s/ShiftLeft<16>/ShiftLeft<15>/|property_test'
+  'pack: factor of the last columns|kernels/cpu/pack-inl.h|s/to\[c\] = factor \* source\[c\];/to[c] = source[c];/|property_test'
+  'pack: last column of a block|kernels/cpu/pack-inl.h|s/if \(c \+ 3 < columns\)/if (c + 4 < columns)/|property_test'
+  'pack: sum of the last columns|kernels/cpu/pack-inl.h|s/^    y\[c\] \+= factor/    y[c] -= factor/|property_test'
   'score units: sign|kernels/cpu/score_units.h|s/scale < 0\.0 \? -1\.0f : 1\.0f/1.0f/|property_test'
   'score units: log-sum-exp|kernels/cpu/score_units.h|s/double\{row\.max\} \+ std::log/double{row.max} - std::log/|property_test'
+  'score units: share|kernels/cpu/score_units.h|s/base_of\(branch\.lse\) - base_of\(whole\.lse\)/base_of(whole.lse) - base_of(branch.lse)/|property_test'
   'score units: residual|kernels/cpu/score_units.h|s/factor_ \* \(row\.max - base_of\(lse\)\)/factor_ * row.max/|property_test'
   'reference: sign of delta|kernels/reference/attention_backward.cpp|s/branch_delta - dlse_b/branch_delta + dlse_b/|gradient_test'
 )
@@ -67,8 +72,8 @@ mkdir -p "$work/source"
 for name in CMakeLists.txt cmake include src tests; do
   cp -Rp "$root/$name" "$work/source/"
 done
-cmake -S "$work/source" -B "$work/build" -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS=-DHWY_COMPILE_ONLY_STATIC \
-  -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DDILATED_TEST_EFFORT=0.2 >/dev/null
+cmake -S "$work/source" -B "$work/build" -DCMAKE_BUILD_TYPE=Release "-DCMAKE_CXX_FLAGS=-DHWY_COMPILE_ONLY_STATIC -march=native" \
+  -DCMAKE_CXX_FLAGS_RELEASE=-O1 >/dev/null
 
 survivors=0
 verdict() {
