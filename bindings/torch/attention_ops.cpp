@@ -35,6 +35,8 @@ struct Call {
   Shapes shapes;
   Plan plan;
 
+  /// Windows of no sequence cannot say how many rows they have; then no tensor has an element.
+  bool has_sequences() const { return !inputs.windows || shapes.batch > 0; }
   DType rows_dtype() const { return accumulation_dtype(shapes.dtype); }
   /// Windows give partial results, which are not rounded.
   DType out_dtype() const { return inputs.windows ? rows_dtype() : shapes.dtype; }
@@ -209,7 +211,10 @@ std::tuple<Tensor, Tensor> forward_op(const Tensor& query, const Tensor& key, co
   const Call call = make_call(options, query, key, value, extras, nullptr);
   Results results(call, query);
   const TorchContext context(call, Pass::kForward, query);
-  forward(call.plan, forward_tensors(call, query, key, value, extras, results), context.context());
+  if (call.has_sequences()) {
+    forward(call.plan, forward_tensors(call, query, key, value, extras, results),
+            context.context());
+  }
   return {std::move(results.out), std::move(results.lse)};
 }
 
@@ -238,7 +243,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_saving_op(
     tensors.branch_lse = branch_view<void>(branch_lse, branch_lse.mutable_data_ptr(), rows_dtype);
   }
   const TorchContext context(call, Pass::kForward, query);
-  forward(call.plan, tensors, context.context());
+  if (call.has_sequences()) {
+    forward(call.plan, tensors, context.context());
+  }
   return {std::move(results.out), std::move(results.lse), std::move(lse_residual),
           std::move(branch_out), std::move(branch_lse)};
 }
@@ -288,7 +295,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(
   tensors.dkey = new_token_view(dkey, layout, dtype);
   tensors.dvalue = new_token_view(dvalue, layout, dtype);
   const TorchContext context(call, Pass::kBackward, query);
-  backward(call.plan, tensors, context.context());
+  if (call.has_sequences()) {
+    backward(call.plan, tensors, context.context());
+  }
   return {std::move(dquery), std::move(dkey), std::move(dvalue)};
 }
 

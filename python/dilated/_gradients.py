@@ -67,7 +67,7 @@ class _Attention(torch.autograd.Function):
         saved = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(saved[3])
-        return (*_ops.backward_op(dout, dlse, *saved, *ctx.options), *rest)
+        return (*_ops.ask(_ops.backward_op, dout, dlse, *saved, *ctx.options), *rest)
 
 
 class _Merge(torch.autograd.Function):
@@ -91,7 +91,8 @@ class _Merge(torch.autograd.Function):
             shape, dtype = ctx.out_like
             dout = parts[0].new_zeros(shape, dtype=dtype)
         half = len(parts) // 2
-        douts, dlses = _ops.merge_backward_op(dout, dlse, parts[:half], parts[half:], ctx.layout)
+        sides = parts[:half], parts[half:]
+        douts, dlses = _ops.ask(_ops.merge_backward_op, dout, dlse, *sides, ctx.layout)
         return (None, None, *douts, *dlses)
 
 

@@ -170,6 +170,11 @@ def integer(argument: str, value: Any, expected: str = "an integer") -> int:
         return value  # type: ignore[return-value]
     if isinstance(value, bool | str | Tensor):
         raise _refuse(argument, expected, _text(value))
+    if torch.compiler.is_compiling() and hasattr(value, "dtype"):
+        tensor = torch.as_tensor(value)  # a NumPy number is a tensor to a compiler
+        if tensor.is_floating_point() or tensor.dtype == torch.bool:
+            raise _refuse(argument, expected, "another number")
+        return int(tensor.item())
     try:
         number = operator.index(value)
     except TypeError:
