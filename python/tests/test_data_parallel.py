@@ -1,4 +1,4 @@
-"""Two real Gloo processes, DDP and FSDP2, train like one on the whole batch. Row 9, X11."""
+"""Two real Gloo processes, DDP and FSDP2, train like one on the whole batch. R9, X11."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dropout: one site, on probabilities, from (seed, offset) alone. Row 5, X5, T13, M16."""
+"""Dropout: one site, on probabilities, from (seed, offset) alone. R5, X5, T13, M16."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_mean_over_seeds_is_the_result_without_dropout(backend: str) -> None:
 
 
 def test_p_zero_p_one_and_no_row_lost() -> None:
-    """Row 5: p = 0 is exact, p = 1 gives 0 with finite gradients; no row of >= 64 keys is dropped
+    """R5: p = 0 is exact, p = 1 gives 0 with finite gradients; no row of >= 64 keys is dropped
     whole.
     """
     data = Case(128, 1, 1, 1, 8).tensors(torch.float32)

@@ -1,4 +1,4 @@
-"""Row 8: batch, length, heads or key sets of 0 are legal: right shapes, zeros, L = -inf."""
+"""R8: batch, length, heads or key sets of 0 are legal: right shapes, zeros, L = -inf."""
 
 from __future__ import annotations
 

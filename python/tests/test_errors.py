@@ -1,6 +1,6 @@
 # ruff: noqa: E501 - whole messages, unbroken where possible
 """Every message whole: "op: argument: expected …, got … (hint)", the same for eager and fake
-tensors. Row 15.
+tensors. R15.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def test_fake_tensors(tensors: Any, options: dict[str, Any], text: str) -> None:
 
 
 def test_mixed_devices() -> None:
-    """Row 11: the disagreeing tensor is named."""
+    """R11: the disagreeing tensor is named."""
     _check(InvalidProblem, "key: expected query's device cpu, got meta", (X, X.to("meta"), X), {})
 
 
@@ -222,7 +222,7 @@ def test_no_back_end_names_every_reason() -> None:
 
 
 def test_back_end_forced_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row 7: a forced back end that cannot run is an error; the argument goes before the variable."""
+    """R7: a forced back end that cannot run is an error; the argument goes before the variable."""
     monkeypatch.setenv("DILATED_BACKEND", "cuda")
     text = (
         "DILATED_BACKEND: expected a back end that can run this problem, got cuda "

@@ -122,7 +122,7 @@ def test_m8_packed_equals_a_loop_over_sequences(backend: str, options: dict[str,
 
 
 def test_m9_masked_keys_have_no_effect_at_all(backend: str) -> None:
-    """Row 10, X4, T2: changing masked keys and values, even to NaN, changes no bit; gradients stay
+    """R10, X4, T2: changing masked keys and values, even to NaN, changes no bit; gradients stay
     finite.
     """
     query, key, value = _data(n=16)
@@ -190,7 +190,7 @@ def test_values_of_one_give_out_scale(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_m14_logits_to_ten_thousand(dtype: torch.dtype) -> None:
-    """Row 22, T3: no overflow; the result is the definition's on the same rounded inputs."""
+    """R22, T3: no overflow; the result is the definition's on the same rounded inputs."""
     data = Case(21, 2, 4, 4, 8).tensors(torch.float64)
     query, key, value = ((60.0 * data[x]).to(dtype) for x in ("query", "key", "value"))
     options = {"offsets": dilated.plan(1, 4, **PAPER).offsets, **PAPER}
@@ -224,7 +224,7 @@ def test_m14_scores_far_below_and_exactly_zero(backend: str) -> None:
 
 
 def test_infinite_values_stay_in_rows_that_see_them(backend: str) -> None:
-    """Row 22: inf and NaN in V reach exactly the rows that attend to them (not causal)."""
+    """R22: inf and NaN in V reach exactly the rows that attend to them (not causal)."""
     query, key, value = _data(kv_heads=4, batch=1)
     for bad in (math.inf, math.nan):
         spoiled = value.clone()
@@ -244,7 +244,7 @@ def test_denormals_and_zeros(backend: str) -> None:
 
 
 def test_segments_up_to_two_to_the_forty(backend: str) -> None:
-    """Row 14: w = 2^40 is one segment."""
+    """R14: w = 2^40 is one segment."""
     inputs = _data()
     a = _attend(*inputs, segments=[2**40], dilations=[3], backend=backend)
     b = _attend(*inputs, segments=[21], dilations=[3], backend=backend)

@@ -84,7 +84,7 @@ def _train(name: str, module: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("how", COPIES)
 def test_a_copy_trains_like_the_original(name: str, how: str) -> None:
-    """Row 9: also a copy made after use."""
+    """R9: also a copy made after use."""
     original = MODULES[name]()
     _train(name, copy.deepcopy(original))
     if COPIES[how] is None:
@@ -137,7 +137,7 @@ def test_equals_torch_multihead_attention_when_dense() -> None:
 
 
 def test_key_padding_mask_acts() -> None:
-    """Row 10, X4: padded tokens change no bit of the others."""
+    """R10, X4: padded tokens change no bit of the others."""
     module = _multihead()
     x = torch.randn(2, 20, 32)
     padding = torch.zeros(2, 20, dtype=torch.bool)
@@ -169,7 +169,7 @@ def test_every_parameter_gets_a_gradient() -> None:
 
 
 def test_factory_arguments_and_meta_initialisation() -> None:
-    """Row 11: constructors choose no device and no dtype."""
+    """R11: constructors choose no device and no dtype."""
     assert {p.device.type for p in _multihead().parameters()} == {"cpu"}
     module = _multihead(dtype=torch.float64, bias=False)
     assert {p.dtype for p in module.parameters()} == {torch.float64}

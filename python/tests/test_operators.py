@@ -104,7 +104,7 @@ def test_fake_and_meta_tensors_have_the_true_shapes_and_strides(layout: str) -> 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_chooses_the_dtype_and_gradients_keep_theirs(dtype: torch.dtype) -> None:
-    """Row 11: as for matrix products; float64 stays; outside of autocast nothing is cast."""
+    """R11: as for matrix products; float64 stays; outside of autocast nothing is cast."""
     inputs = [torch.randn(1, 12, 2, 8, requires_grad=True) for _ in range(3)]
     with torch.autocast("cpu", dtype=dtype):
         out, lse = dilated.dilated_attention(*inputs, **SHAPE, return_lse=True)
@@ -139,7 +139,7 @@ def _noncontiguous(x: torch.Tensor, how: str) -> torch.Tensor:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_strided_inputs_give_the_bits_of_contiguous_ones(dtype: torch.dtype, how: str) -> None:
-    """Row 17: no layout is copied, none changes a bit, forward and backward."""
+    """R17: no layout is copied, none changes a bit, forward and backward."""
     data = Case(37, 3, 4, 2, 24).tensors(dtype)
     results = []
     for strided in (False, True):

@@ -193,7 +193,7 @@ def test_a_thousand_lengths_leave_no_memory_behind() -> None:
 
 
 def test_workspace_is_a_formula_and_grows_with_threads_not_length() -> None:
-    """Row 16: scratch asked from torch's allocator is workspace_bytes; 4 x the length adds at most
+    """R16: scratch asked from torch's allocator is workspace_bytes; 4 x the length adds at most
     4 x.
     """
     shape = {"segments": [64, 256], "dilations": [1, 4], "head_dim": 32}
@@ -205,7 +205,7 @@ def test_workspace_is_a_formula_and_grows_with_threads_not_length() -> None:
 
 
 def test_host_threads_share_one_module() -> None:
-    """Row 1: 4 host threads, mixed shapes, the bits of one thread."""
+    """R1: 4 host threads, mixed shapes, the bits of one thread."""
     module = dilated.DilatedAttention([8, 32], [1, 4], is_causal=True, merge="mean")
     inputs = [torch.randn(1, n, 4, 8) for n in (5, 33, 64, 97)]
 
