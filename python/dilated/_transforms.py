@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _ops
 from ._fake import known_size
 from ._ops import NUM_INPUTS
-from ._options import DTYPES, Options
+from ._options import DTYPES, LAYOUTS, Options
 from .errors import Unsupported, message
 
 
@@ -50,6 +50,18 @@ for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _ops.implementations.impl("forward", _autocast(_device), _key)
 
 
+def _fold(tensor: Any, dim: int | None, size: int, has_batch: bool = True) -> Any:
+    """(size * batch, ...) of a tensor (batch, ...) per sample."""
+    if tensor is None or tensor.dim() == 0:  # scale_tensor
+        return tensor
+    mapped = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return mapped.flatten(0, 1) if has_batch else mapped
+
+
+def _unfold(tensor: Tensor, size: int, has_batch: bool = True) -> Tensor:
+    return tensor.unflatten(0, (size, tensor.shape[0] // max(1, size))) if has_batch else tensor
+
+
 def _vmap(operator: Any, num_tensors: int) -> Callable[..., Any]:
     """The mapped dimension joins the batch: sequences do not know of one another."""
 
@@ -64,17 +76,9 @@ def _vmap(operator: Any, num_tensors: int) -> Callable[..., Any]:
             got = str(options.dropout_p)
             raise Unsupported(message("dropout_p", "0 under vmap", got, hint))
         size = info.batch_size
-
-        def fold(tensor: Tensor | None, dim: int | None) -> Tensor | None:
-            if tensor is None or tensor.dim() == 0:  # scale_tensor
-                return tensor
-            mapped = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            return mapped.flatten(0, 1)
-
-        tensors = map(fold, arguments[:num_tensors], in_dims[:num_tensors])
-        results = operator(*tensors, *options)
-        unfolded = tuple(x.unflatten(0, (size, x.shape[0] // max(1, size))) for x in results)
-        return unfolded, (0,) * len(unfolded)
+        pairs = zip(arguments[:num_tensors], in_dims[:num_tensors], strict=True)
+        results = operator(*(_fold(tensor, dim, size) for tensor, dim in pairs), *options)
+        return tuple(_unfold(x, size) for x in results), (0,) * len(results)
 
     return rule
 
@@ -86,3 +90,37 @@ for _name, _operator in (
 ):
     _rule = _vmap(_operator, len(_operator._schema.arguments) - len(Options._fields))
     torch.library.register_vmap(f"dilated::{_name}", _rule)
+
+
+_BSHD = LAYOUTS.index("bshd")
+
+
+def _merge_vmap(info: Any, in_dims: Any, outs: Any, lses: Any, layout: int, dtype: int) -> Any:
+    """Packed parts have no batch: the mapped dimension becomes one."""
+    size, has_batch = info.batch_size, LAYOUTS[layout] != "shd"
+    sides = [
+        [_fold(x, dim, size, has_batch) for x, dim in zip(side, dims, strict=True)]
+        for side, dims in zip((outs, lses), in_dims[:2], strict=True)
+    ]
+    results = _ops.merge_op(*sides, layout if has_batch else _BSHD, dtype)
+    return tuple(_unfold(x, size, has_batch) for x in results), (0, 0)
+
+
+def _merge_backward_vmap(
+    info: Any, in_dims: Any, dout: Any, dlse: Any, outs: Any, lses: Any, layout: int
+) -> Any:
+    size, has_batch = info.batch_size, LAYOUTS[layout] != "shd"
+    gradients = [
+        _fold(x, dim, size, has_batch) for x, dim in zip((dout, dlse), in_dims[:2], strict=True)
+    ]
+    sides = [
+        [_fold(x, dim, size, has_batch) for x, dim in zip(side, dims, strict=True)]
+        for side, dims in zip((outs, lses), in_dims[2:4], strict=True)
+    ]
+    results = _ops.merge_backward_op(*gradients, *sides, layout if has_batch else _BSHD)
+    unfolded = [[_unfold(x, size, has_batch) for x in side] for side in results]
+    return tuple(unfolded), tuple([0] * len(side) for side in unfolded)
+
+
+torch.library.register_vmap("dilated::merge", _merge_vmap)
+torch.library.register_vmap("dilated::merge_backward", _merge_backward_vmap)
