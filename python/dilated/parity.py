@@ -26,13 +26,19 @@ from .errors import InvalidProblem, Unsupported, message
 _TO_BSHD = {"bshd": (0, 1, 2, 3), "bhsd": (0, 2, 1, 3)}
 
 
+def _autocast_dtype(query: Tensor) -> torch.dtype | None:
+    """None where autocast is off, or does not know the device."""
+    device = query.device.type
+    known = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if known else None
+
+
 def _out_dtype(query: Tensor) -> torch.dtype:
     """The input's, or autocast's."""
-    device = query.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    dtype = _autocast_dtype(query)
+    if dtype is None or dtype not in DTYPES or query.dtype == torch.float64:
         return query.dtype
-    dtype = torch.get_autocast_dtype(device)
-    return dtype if query.dtype != torch.float64 and dtype in DTYPES else query.dtype
+    return dtype
 
 
 def _inputs(tensors: tuple[Tensor, ...], layout: str) -> list[Tensor]:
@@ -56,6 +62,9 @@ def _attend(
     if extras.dropout_seed is not None:
         seed, offset = extras.dropout_seed.unbind()
         extras = extras._replace(dropout_seed=torch.stack([seed, offset + branch]))
+    if _autocast_dtype(tensors[0]) is None:
+        out, lse = _ops.forward_op(*tensors, *extras, *options)
+        return out, lse
     with torch.autocast(tensors[0].device.type, enabled=False):
         out, lse = _ops.forward_op(*tensors, *extras, *options)
     return out, lse

@@ -4,26 +4,33 @@
     L   = log sum_b e^{l_b}                         O   = out_scale * merge_b(O_b)
 
 Memory grows with seqlen squared: for tests and for reading. Offsets come as a table; names of
-builders and presets are the core's business (:func:`dilated.offset_table`).
+builders and presets are the core's business (:func:`dilated.plan`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def branch_mask(
-    n: int, segment: int, dilation: int, offset: int, is_causal: bool = False
+    n: int,
+    segment: int,
+    dilation: int,
+    offset: int,
+    is_causal: bool = False,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One head in one branch: covered (n,), sees (n, n), and z (n,) if zero keys filled tails."""
-    position = torch.arange(n)
+    position = torch.arange(n, device=device)
     w = max(1, min(segment, n))
     phase = position % w
-    covered = (phase % dilation == offset) if offset >= 0 else torch.zeros(n, dtype=torch.bool)
+    covered = (phase % dilation == offset) & (offset >= 0)
     sees = covered[:, None] & covered & (position[:, None] // w == position // w)
     slots = -(-w // dilation)
     phantom = torch.where(covered, slots - sees.sum(dim=1), 0)
@@ -45,6 +52,24 @@ def _softmax(scores: Tensor, sees: Tensor, phantom: Tensor) -> tuple[Tensor, Ten
     return weights, lse.masked_fill(empty, -math.inf)
 
 
+def _used_rows(
+    used: int,
+    tensors: list[Tensor],
+    key_mask: Tensor | None,
+    dropout_masks: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """One sequence as if it had `used` rows; the others are 0 and -inf."""
+    absent = tensors[0].shape[1] - used
+    out, lse = dilated_attention(
+        *(x[:, :used] for x in tensors),
+        key_mask=None if key_mask is None else key_mask[:, :used],
+        dropout_masks=None if dropout_masks is None else dropout_masks[..., :used, :used],
+        **options,
+    )
+    return pad(out, (0, 0, 0, 0, 0, absent)), pad(lse, (0, absent), value=-math.inf)
+
+
 def dilated_attention(
     query: Tensor,
     key: Tensor,
@@ -60,6 +85,7 @@ def dilated_attention(
     lse_grad: bool = True,
     tail: str = "mask",
     key_mask: Tensor | None = None,
+    seqused: Sequence[int] | None = None,
     dropout_masks: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
@@ -79,6 +105,8 @@ def dilated_attention(
         lse_grad: False takes the merge weights as constants.
         tail: "mask" or "phantom".
         key_mask: bool (batch, seqlen), True = key takes part.
+        seqused: True length of every sequence: rows at or beyond it do not exist, their out is 0
+            and their lse -inf.
         dropout_masks: bool (branches, batch, heads, seqlen, seqlen), True = kept.
         dropout_p: Kept weights are divided by 1 - dropout_p.
 
@@ -96,6 +124,19 @@ def dilated_attention(
         >>> torch.allclose(out, dense.transpose(1, 2))
         True
     """
+    if seqused is not None and len(seqused) > 0:
+        rows = [
+            _used_rows(
+                used, [x[s : s + 1] for x in (query, key, value)],
+                None if key_mask is None else key_mask[s : s + 1],
+                None if dropout_masks is None else dropout_masks[:, s : s + 1],
+                segments=segments, dilations=dilations, offsets=offsets, is_causal=is_causal,
+                scale=scale, merge=merge, out_scale=out_scale, lse_grad=lse_grad, tail=tail,
+                dropout_p=dropout_p,
+            )
+            for s, used in enumerate(seqused)
+        ]  # fmt: skip
+        return torch.cat([out for out, _ in rows]), torch.cat([lse for _, lse in rows])
     n, heads, head_dim = query.shape[1:]
     repeats = heads // max(1, key.shape[2])
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (batch, heads, seqlen, head_dim)
@@ -105,7 +146,8 @@ def dilated_attention(
     scores = (head_dim**-0.5 if scale is None else scale) * q @ k.transpose(-1, -2)
     outs, lses, covers = [], [], []
     for b, (segment, dilation) in enumerate(zip(segments, dilations, strict=True)):
-        masks = [branch_mask(n, segment, dilation, o, is_causal) for o in offsets[b]]
+        shape = (n, segment, dilation)
+        masks = [branch_mask(*shape, o, is_causal, query.device) for o in offsets[b]]
         covered, sees, phantom = (torch.stack(parts) for parts in zip(*masks, strict=True))
         sees = sees.unsqueeze(0) if key_mask is None else sees & key_mask[:, None, None, :]
         weights, lse = _softmax(

@@ -130,3 +130,19 @@ def test_changing_a_token_changes_only_rows_that_see_it(backend: str) -> None:
         for head in range(2):
             pattern = dilated.plan(23, 2, **shape).pattern(head)
             assert torch.equal(changed[:, head], pattern[:, j] > 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tail": "phantom", "offsets": "torchscale", "lse_grad": False}, {"merge": "mean"},
+     {"is_causal": True}],
+    ids=str,
+)  # fmt: skip
+def test_seqused_is_the_definition_of_shorter_sequences(options: dict[str, Any]) -> None:
+    """Rows beyond a length: out 0, lse -inf, no gradient, whatever they hold."""
+    case = Case(29, 3, 4, 2, 8, [6, 16], [1, 3], options, masked=True)
+    used = [29, 7, 0]
+    exact = definition(case, torch.float64, torch.float64, seqused=used)
+    assert_close(run(case, torch.float64, seqused=used), exact, 1e-12)
+    assert bool((exact["lse"][1, :, 7:] == -torch.inf).all())
+    assert not exact["out"][2].any()
