@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ._options import COLUMN_SUM_PRESETS
 from .errors import InvalidProblem, Unsupported, message
 from .modules import DilatedAttention
 
@@ -20,11 +21,59 @@ def _refuse(argument: str, expected: str, got: Any, hint: str) -> None:
     raise Unsupported(message(argument, expected, str(got), hint))
 
 
+def _require(holds: Tensor, argument: str, expected: str, got: str, hint: str = "") -> None:
+    """Raise Unsupported unless all of `holds` is true: now, or where a compiled graph runs."""
+    text = message(argument, expected, got, hint)
+    if torch.compiler.is_compiling():
+        torch._assert_async(holds.all(), text)
+    elif not holds.is_meta and not bool(holds.all()):
+        raise Unsupported(text)
+
+
+def _key_mask(padding: Tensor) -> Tensor:
+    """True = key takes part, from what torch's layers hand on: True, or -inf, = key is ignored."""
+    if padding.dtype == torch.bool:
+        return ~padding
+    if not padding.is_floating_point():
+        _refuse("key_padding_mask", "bool or float", padding.dtype, "True or -inf: key is ignored")
+    _require(
+        (padding == 0) | (padding == -torch.inf),
+        "key_padding_mask", "0 and -inf", "other numbers", "biases of scores are not supported",
+    )  # fmt: skip
+    return padding == 0
+
+
+def _require_causal(attn_mask: Tensor, seqlen: int) -> None:
+    """attn_mask must be the causal one: nothing else can be honoured."""
+    shape, expected = tuple(attn_mask.shape), "None, or the causal mask"
+    hint = "use is_causal or key_padding_mask"
+    hidden = attn_mask if attn_mask.dtype == torch.bool else attn_mask == -torch.inf
+    if shape != (seqlen, seqlen):
+        _refuse("attn_mask", expected, f"shape {shape}", hint)
+    above = torch.ones_like(hidden).triu(1)
+    seen = hidden.logical_not() if attn_mask.dtype == torch.bool else attn_mask == 0
+    _require(torch.where(above, hidden, seen), "attn_mask", expected, "another mask", hint)
+
+
+class _NoFusedWeights:
+    """Stands where nn.TransformerEncoder looks for the weights of its fused layer: it does not fuse
+    what has a __torch_function__ of its own, and so calls this attention instead.
+    """
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise Unsupported(
+            message("in_proj_weight", "q_proj, k_proj and v_proj", "in_proj_weight",
+                    "projections are separate")
+        )  # fmt: skip
+
+
 class MultiheadDilatedAttention(nn.Module):
     """Multi-head dilated self-attention with the argument names of ``nn.MultiheadAttention``.
 
     Input and output are (batch, seqlen, embed_dim). Arguments of ``nn.MultiheadAttention`` that
-    have no meaning here raise :class:`dilated.Unsupported` rather than being ignored.
+    have no meaning here raise :class:`dilated.Unsupported` rather than being ignored. It can be the
+    ``self_attn`` of an ``nn.TransformerEncoderLayer``, alone or inside ``nn.TransformerEncoder``.
 
     Args:
         embed_dim: Width of the model.
@@ -47,6 +96,12 @@ class MultiheadDilatedAttention(nn.Module):
         >>> out.shape, weights
         (torch.Size([2, 100, 64]), None)
     """
+
+    # What torch's encoder asks before it fuses a layer, and with it this attention, away.
+    batch_first = True
+    in_proj_bias = None
+    in_proj_weight = _NoFusedWeights()
+    _qkv_same_embed_dim = False
 
     def __init__(
         self,
@@ -92,7 +147,6 @@ class MultiheadDilatedAttention(nn.Module):
             raise InvalidProblem(message("num_heads", expected, str(num_heads)))
         self.embed_dim = embed_dim
         self.num_heads = num_heads
-        self.batch_first = True  # nn.TransformerEncoder asks
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if self.num_kv_heads < 1 or num_heads % self.num_kv_heads != 0:
             expected = f"a divisor of num_heads = {num_heads}"
@@ -104,7 +158,15 @@ class MultiheadDilatedAttention(nn.Module):
         self.v_proj = nn.Linear(embed_dim, kv_dim, bias, device, dtype)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
         self.attention = DilatedAttention(segments, dilations, row_shift=row_shift, **options)
+        if self.attention.is_causal:
+            self._refuse_sums_over_the_future()
         self.reset_parameters()
+
+    def _refuse_sums_over_the_future(self) -> None:
+        preset = self.attention.options.get("preset")
+        if preset in COLUMN_SUM_PRESETS:
+            hint = "it divides by sums over all positions, later ones too"
+            _refuse("is_causal", f"False with preset '{preset}'", True, hint)
 
     def reset_parameters(self) -> None:
         """Xavier-uniform weights and zero biases, as ``nn.MultiheadAttention``."""
@@ -133,9 +195,11 @@ class MultiheadDilatedAttention(nn.Module):
             query: (batch, seqlen, embed_dim).
             key: like query; None means query.
             value: like query; None means key.
-            key_padding_mask: bool (batch, seqlen), True = the key is ignored.
+            key_padding_mask: bool (batch, seqlen), True = the key is ignored; or float, -inf = the
+                key is ignored, else 0.
             need_weights: Must be False: weights would take memory proportional to seqlen squared.
-            attn_mask: Must be None; ``is_causal`` needs no mask.
+            attn_mask: None, or the causal mask (seqlen, seqlen), bool or float, as torch's layers
+                hand it on. It makes the call causal; ``is_causal`` needs no mask.
             average_attn_weights: Has no effect without weights.
             is_causal: True here or in the constructor makes the call causal.
 
@@ -147,19 +211,17 @@ class MultiheadDilatedAttention(nn.Module):
         """
         if need_weights:
             _refuse("need_weights", "False", need_weights, "weights are never formed")
-        if attn_mask is not None:
-            shape = tuple(attn_mask.shape)
-            _refuse("attn_mask", "None", f"shape {shape}", "use is_causal or key_padding_mask")
         if query.dim() != 3:
             expected = "3 dimensions (batch, seqlen, embed_dim)"
             raise InvalidProblem(message("query", expected, f"shape {tuple(query.shape)}"))
+        if attn_mask is not None:
+            _require_causal(attn_mask, query.shape[1])
+            is_causal = True
+        if is_causal:
+            self._refuse_sums_over_the_future()
         key = query if key is None else key
         value = key if value is None else value
-        key_mask = None
-        if key_padding_mask is not None:
-            if key_padding_mask.dtype != torch.bool:
-                _refuse("key_padding_mask", "bool", key_padding_mask.dtype, "True = key is ignored")
-            key_mask = ~key_padding_mask
+        key_mask = None if key_padding_mask is None else _key_mask(key_padding_mask)
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim))
             for projection, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))

@@ -196,6 +196,11 @@ CONSTRUCTOR: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"vdim": 16}, Unsupported, "vdim: expected embed_dim = 32, got 16 (self-attention only)"),
     ({"layout": "bhsd"}, Unsupported,
      "layout: expected none, got 'bhsd' (inputs are (batch, seqlen, embed_dim))"),
+    ({"dropout_p": 0.1}, Unsupported,
+     "dropout_p: expected none, got 0.1 (the argument is dropout)"),
+    ({"preset": "fkodom", "is_causal": True}, Unsupported,
+     "is_causal: expected False with preset 'fkodom', got True "
+     "(it divides by sums over all positions, later ones too)"),
     ({"num_kv_heads": 3}, InvalidProblem,
      "num_kv_heads: expected a divisor of num_heads = 4, got 3"),
     ({"segments": "[8]", "dilations": [1]}, InvalidProblem,
@@ -221,9 +226,17 @@ CALL: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"need_weights": True}, Unsupported,
      "need_weights: expected False, got True (weights are never formed)"),
     ({"attn_mask": torch.zeros(20, 20)}, Unsupported,
-     "attn_mask: expected None, got shape (20, 20) (use is_causal or key_padding_mask)"),
-    ({"key_padding_mask": torch.zeros(2, 20)}, Unsupported,
-     "key_padding_mask: expected bool, got torch.float32 (True = key is ignored)"),
+     "attn_mask: expected None, or the causal mask, got another mask "
+     "(use is_causal or key_padding_mask)"),
+    ({"attn_mask": torch.zeros(8, 20, 20)}, Unsupported,
+     "attn_mask: expected None, or the causal mask, got shape (8, 20, 20) "
+     "(use is_causal or key_padding_mask)"),
+    ({"attn_mask": torch.ones(20, 20).tril().log(), "is_causal": False,
+      "key_padding_mask": torch.full((2, 20), -1.0)}, Unsupported,
+     "key_padding_mask: expected 0 and -inf, got other numbers "
+     "(biases of scores are not supported)"),
+    ({"key_padding_mask": torch.zeros(2, 20, dtype=torch.int64)}, Unsupported,
+     "key_padding_mask: expected bool or float, got torch.int64 (True or -inf: key is ignored)"),
     ({"key_padding_mask": torch.zeros(20, dtype=torch.bool)}, Unsupported,
      "key_mask: expected bool of shape (2, 20), got bool of shape (20,) "
      "(True = key takes part; no other form of mask is supported)"),
@@ -252,3 +265,18 @@ def test_lse_and_masks_through_the_operator_module() -> None:
     assert torch.equal(out, wanted)
     assert lse.shape == (4, 12)
     assert "segments=(8, 32)" in repr(module)
+
+
+def test_a_causal_call_refuses_a_preset_that_sees_the_future() -> None:
+    module = _multihead(preset="fkodom")
+    x = torch.randn(1, 20, 32)
+    module(x)
+    with pytest.raises(Unsupported, match="is_causal: expected False with preset 'fkodom'"):
+        module(x, is_causal=True)
+
+
+def test_repr_shows_values_that_are_false() -> None:
+    """Options that differ from their defaults, 0.0 and False too; no others."""
+    module = dilated.DilatedAttention(**LISTS, scale=0.0, lse_grad=False, dropout_p=0.0)
+    text = "segments=(8, 32), dilations=(1, 4), scale=0.0, lse_grad=False"
+    assert module.extra_repr() == text
