@@ -20,7 +20,7 @@ from evaluation import ContextCurve
 
 NAMES = {
     "dilated": "this operator",
-    "dense_sdpa": "dense scaled_dot_product_attention",
+    "dense_sdpa": "dense attention (torch's SDPA)",
     "composition": "best composition of torch's kernels",
 }
 _COLOURS = {"dilated": "#0b6e99", "dense_sdpa": "#c44e52", "composition": "#8a8a8a"}

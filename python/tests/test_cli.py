@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -163,3 +165,12 @@ def test_picture_is_the_cores_pattern() -> None:
     shown = torch.tensor(figure.axes[0].images[0].get_array())
     expected = dilated.plan(8, **options).pattern(1)
     assert torch.equal(shown.to(torch.int32), expected)
+
+
+def test_the_library_speaks_of_arguments_not_of_flags() -> None:
+    package = Path(dilated.__file__).parent
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if path.name != "cli.py" and isinstance(node, ast.Constant):
+                found = re.search(r"(?<![\w-])--[a-z]", str(node.value))
+                assert found is None, (path.name, node.lineno)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -118,6 +118,7 @@ def test_every_training_flag_comes_back(end: str, corpus: Corpus) -> None:
     assert flags(model) == before
 
 
+@settings(deadline=None)
 @given(k=st.integers(1, 40), equal=st.integers(1, 20), seed=st.integers(0, 5))
 def test_top_k_keeps_exactly_k(k: int, equal: int, seed: int) -> None:
     """Also where several tokens are equally likely."""
@@ -136,8 +137,13 @@ def test_top_k_keeps_exactly_k(k: int, equal: int, seed: int) -> None:
 @pytest.mark.parametrize("temperature", [0, 5e-324, 1e-45, 1e-30, 1e-7])
 @pytest.mark.parametrize("size", [1.0, 1e-3, 1e30])
 def test_tiny_temperatures_take_the_likeliest(temperature: float, size: float) -> None:
-    model = Fixed(size * torch.tensor([0.1, 0.9, 0.8, -1.0]))
-    assert set(generate(model, PROMPT, 20, temperature=temperature, generator=seeded())) == {1}
+    """The one that temperature 0 takes, also of equally likely ones."""
+    model = Fixed(size * torch.tensor([0.1, 0.9, 0.9, -1.0]))
+    (likeliest,) = generate(model, PROMPT, 1, temperature=0)
+    assert likeliest in (1, 2)
+    assert set(generate(model, PROMPT, 20, temperature=temperature, generator=seeded())) == {
+        likeliest
+    }
 
 
 def test_temperature_is_what_it_says() -> None:

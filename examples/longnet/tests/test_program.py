@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import os
 import pty
@@ -28,16 +30,27 @@ SMALL = [
 ]
 
 
-def main(arguments: list[str]) -> int:
-    """The program's main; the folder is not a package."""
-    import importlib.util
-
+def program() -> Any:
+    """`__main__.py` as a module; its folder is no package."""
     spec = importlib.util.spec_from_file_location("longnet_program", PROGRAM / "__main__.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return int(module.main(arguments))
+    return module
+
+
+def main(arguments: list[str]) -> int:
+    return int(program().main(arguments))
+
+
+def options() -> dict[str, list[str]]:
+    """The flags of every command."""
+    (commands,) = (a for a in program()._parser()._actions if a.dest == "command")
+    return {
+        name: [flag for a in command._actions for flag in a.option_strings if flag[:2] == "--"]
+        for name, command in commands.choices.items()
+    }
 
 
 def train(text: Path, out: Path, *more: str, command: str = "train") -> list[str]:
@@ -83,7 +96,8 @@ def test_train_generate_report(
     assert report["command"].startswith("python examples/longnet train --input ")
     assert report["timing"] == []
     assert report["corpus"]["is_the_models"]
-    assert main(["generate", "--out", str(out), "--bytes", "5", "--window", "32"]) == 0
+    command = ["generate", "--out", str(out), "--bytes", "5", "--window", "32"]
+    assert main([*command, "--prompt", "def "]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith("def ")
     assert "every byte runs the model over the last 32 bytes again (no cache)" in captured.err
@@ -419,3 +433,47 @@ def test_names_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(train(root, out, "--glob", "\udcfe*", "--resume", "--steps", "5")) == 0
     assert "texts\\udcff" in capsys.readouterr().out
     assert len(json.loads((out / "report.json").read_text())["corpus"]["held_out_files"]) > 0
+
+
+ODD = ["", "-1", "0", "9" * 20, "9" * 5000, "nan", "-inf", "\u00e9\udcff", "/dev/null", "/"]
+
+
+@pytest.mark.parametrize("value", ODD, ids=range(len(ODD)))
+@pytest.mark.parametrize("command", ["train", "report", "generate"])
+def test_odd_values_work_or_are_one_line(
+    command: str,
+    value: str,
+    text: Path,
+    run: Path,
+    tmp_path: Path,
+    capsysbinary: pytest.CaptureFixture[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every flag with every odd value: exit code 0, or 2 and one line; never a traceback."""
+    monkeypatch.chdir(tmp_path)
+    small = {
+        "train": train(text, tmp_path / "other", "--overwrite"),
+        "report": ["report", "--out", str(run), "--report", "short"],
+        "generate": ["generate", "--out", str(run), "--bytes", "2"],
+    }[command]
+    for flag in options()[command]:
+        if flag in ("--help", "--resume", "--overwrite"):
+            continue
+        capsysbinary.readouterr()
+        try:
+            code: object = main([*small, f"{flag}={value}"])
+        except SystemExit as stopped:
+            code = stopped.code
+        errors = capsysbinary.readouterr().err
+        assert code in (0, 2), (flag, errors)
+        assert code == 0 or errors.count(b"\n") == 1, (flag, errors)
+
+
+def test_texts_name_flags_that_exist() -> None:
+    """Whatever a message, a hint or a help text tells the user to type."""
+    known = {flag for flags in options().values() for flag in flags}
+    for path in PROGRAM.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", node.value))
+                assert named <= known, (path.name, node.lineno)
