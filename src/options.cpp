@@ -212,6 +212,7 @@ void check_row_shift(const Options& options, const Shapes& shapes) {
 std::vector<std::string_view> option_names(std::string_view option) {
   if (option == "preset") {
     std::vector<std::string_view> names;
+    names.reserve(std::size(kPresets));
     for (const Preset& preset : kPresets) {
       names.push_back(preset.name);
     }

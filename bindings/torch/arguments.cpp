@@ -104,7 +104,7 @@ NameRow row_of(const char* option) {
 }  // namespace
 
 const std::vector<NameRow>& option_rows() {
-  static const std::vector<NameRow> rows = [] {
+  static const std::vector<NameRow> kRows = [] {
     std::vector<NameRow> all = {{"layout", layout_names()}, {"backend", {}}};
     for (const BackendInfo& info : backends()) {
       all[1].names.push_back(info.name);
@@ -114,7 +114,7 @@ const std::vector<NameRow>& option_rows() {
     }
     return all;
   }();
-  return rows;
+  return kRows;
 }
 
 CallOptions unpack(std::optional<double> scale, std::optional<double> out_scale, double dropout_p,
@@ -170,6 +170,7 @@ Shapes unpack_shapes(const Ints& packed) {
 
 std::vector<std::string> dtype_names() {
   std::vector<std::string> names;
+  names.reserve(std::size(kDTypes));
   for (const DType dtype : kDTypes) {
     names.emplace_back(name_of(dtype));
   }
