@@ -6,7 +6,7 @@
 3. Every C++ source is named in its folder's CMakeLists.txt.
 4. A file opens with a comment that says what it is.
 5. Shell scripts keep to bash 3.2, the one of macOS.
-5. A section, test code or document that a source names is defined in docs/.
+6. A section, test code or document that a source names is defined in docs/.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ REFERENCE = re.compile(r"§(\d+)|\b([RXTM]\d{1,2})\b|\b([\w/]+\.md)\b")
 
 
 def check_references() -> Iterator[str]:
-    """Breaches of rule 5."""
+    """Breaches of rule 6."""
     sections = set(re.findall(r"^## §(\d+) ", (ROOT / "docs/semantics.md").read_text(), re.M))
     codes = set(
         re.findall(r"^\| ([RXTM]\d+) \|", (ROOT / "docs/requirements.md").read_text(), re.M)
