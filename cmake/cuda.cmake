@@ -17,6 +17,6 @@ if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
 endif()
 
 add_library(dilated_cuda_probe OBJECT ${PROJECT_SOURCE_DIR}/src/kernels/cuda/probe.cu)
-target_include_directories(dilated_cuda_probe PRIVATE ${PROJECT_SOURCE_DIR})
+target_include_directories(dilated_cuda_probe PRIVATE ${PROJECT_SOURCE_DIR} ${PROJECT_SOURCE_DIR}/include)
 target_compile_options(dilated_cuda_probe PRIVATE --expt-relaxed-constexpr)
 set_target_properties(dilated_cuda_probe PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF)
