@@ -81,9 +81,7 @@ class Definition {
   }
 
   /// The sequence as far as it is used.
-  Sequence sequence(std::size_t index) const {
-    return used_sequence(plan_, masks_, index);
-  }
+  Sequence sequence(std::size_t index) const { return used_sequence(plan_, masks_, index); }
 
   /// Row at position `p` of the used part of a sequence.
   Row row(std::size_t sequence_index, std::int64_t head, std::int64_t p) const {
