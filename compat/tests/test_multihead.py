@@ -79,7 +79,7 @@ def test_what_a_call_returns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cls", "projections"), zip(CLASSES, [SEPARATE, FUSED, FUSED]), ids=lambda x: str(x)[-30:]
+    ("cls", "projections"), list(zip(CLASSES, [SEPARATE, FUSED, FUSED])), ids=lambda x: str(x)[-30:]
 )
 def test_state_dict_names_and_shapes(cls: Any, projections: list[str]) -> None:
     module = make(cls)
