@@ -86,12 +86,14 @@ class LongNet(nn.Module):
         decoder_gain = log(3 * num_decoder_layers) ** 0.5
         encoder_gain = decoder_gain * (log(2 * num_encoder_layers) / 3) ** 0.5
         self.encoder = nn.TransformerEncoder(
-            DilatedTransformerEncoderLayer(**shared, gamma_init=encoder_gain),
+            # Typed as torch's own layer; any module that is called like it does.
+            DilatedTransformerEncoderLayer(**shared, gamma_init=encoder_gain),  # type: ignore[arg-type]
             num_encoder_layers,
             enable_nested_tensor=False,
         )
         self.decoder = nn.TransformerDecoder(
-            DilatedTransformerDecoderLayer(**shared, gamma_init=decoder_gain), num_decoder_layers
+            DilatedTransformerDecoderLayer(**shared, gamma_init=decoder_gain),  # type: ignore[arg-type]
+            num_decoder_layers,
         )
 
     def forward(self, x: Tensor, is_causal: bool = True) -> Tensor:

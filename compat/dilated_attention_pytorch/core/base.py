@@ -56,12 +56,13 @@ class BaseDilatedAttention(nn.Module, ValidationMixin):
     @property
     def dropout(self) -> float:
         """Probability of dropping an attention weight, in training."""
-        return self.operator.options["dropout_p"]
+        return float(self.operator.options["dropout_p"])
 
     @property
     def softmax_scale(self) -> float | None:
         """Factor of the scores; None means head_dim ** -0.5."""
-        return self.operator.options["scale"]
+        scale = self.operator.options["scale"]
+        return None if scale is None else float(scale)
 
     @property
     def num_groups(self) -> int:

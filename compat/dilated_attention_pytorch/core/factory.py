@@ -190,7 +190,10 @@ def create_multihead_dilated_attention(
     for name, size, default in (("embed_dim", embed_dim, 768), ("num_heads", num_heads, 12)):
         if size != default:
             multihead[name] = size
-    attention = {"segment_lengths": SEGMENT_LENGTHS, "dilation_rates": DILATION_RATES}
+    attention: dict[str, Any] = {
+        "segment_lengths": SEGMENT_LENGTHS,
+        "dilation_rates": DILATION_RATES,
+    }
     attention |= _known(attention_names, attention_config)
     for name, lengths in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates)):
         if lengths is not None:

@@ -197,7 +197,8 @@ def compute_alibi_bias(
     """
     head = torch.arange(1, num_heads + 1, device=device, dtype=dtype)
     position = torch.arange(seq_len, device=device, dtype=dtype)
-    return 2 ** (-8 * head / num_heads)[:, None, None] * (position - position[:, None])
+    slope = torch.exp2(-8 * head / num_heads)
+    return slope[:, None, None] * (position - position[:, None])
 
 
 def compute_rotary_embeddings(
@@ -256,7 +257,7 @@ def apply_rotary_embeddings(
 
 def split_attention_heads(tensor: Tensor, num_heads: int) -> Tensor:
     """(..., n, embed_dim) -> (..., n, heads, head_dim)."""
-    return tensor.unflatten(-1, (num_heads, -1))
+    return tensor.reshape(*tensor.shape[:-1], num_heads, tensor.shape[-1] // num_heads)
 
 
 def merge_attention_heads(tensor: Tensor, num_heads: int, head_dim: int) -> Tensor:
