@@ -134,7 +134,7 @@ def test_half_types(name: str) -> None:
         halves = tuple(x.to(dtype) if x.is_floating_point() else x for x in given)
         out = output(cast, halves)
         assert out.dtype == dtype
-        errors[dtype] = [float((out.float() - exact).abs().max())]
+        errors[dtype] = [float((out.detach().float() - exact).abs().max())]
         with torch.autocast("cpu", dtype):
             errors[dtype].append(float((output(module, given).float() - exact).abs().max()))
         if list(cast.parameters()):
@@ -167,7 +167,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
     output(module, inputs(name)).square().sum().backward()
     for parameter, values in module.named_parameters():
         assert values.grad is not None, parameter
-        assert parameter.endswith("k_proj.bias") or float(values.grad.abs().max()) > 1e-4, parameter
+        assert parameter.endswith("k_proj.bias") or bool(values.grad.any()), parameter
 
 
 def test_state_dict_names_and_weights_only_load() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dilated._inputs import lengths
+from dilated._inputs import lengths, require_parameter_dtype
 from dilated._options import COLUMN_SUM_PRESETS, OPTION_DEFAULTS
 from dilated.errors import InvalidProblem, Unsupported, message
 from dilated.functional import dilated_attention
@@ -287,8 +287,9 @@ class EncoderLayer(nn.Module):
             Shape and dtype of x. Rows at or beyond seqused mean nothing.
 
         Raises:
-            InvalidProblem: a shape does not fit another one.
+            InvalidProblem: a shape or a dtype does not fit another one.
         """
+        require_parameter_dtype("x", x, self.final_layer_norm.weight, type(self).__name__)
         given = {"key_mask": key_mask, "seqused": seqused, "cu_seqlens": cu_seqlens}
         sequences = {name: value for name, value in given.items() if value is not None}
         attended = self.self_attn(self.self_attn_layer_norm(x), tables, sequences)
