@@ -34,7 +34,8 @@ def _train(mode: str, world_size: int, folder: Path) -> Record:
     finally:
         for process in processes:
             process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+    codes = [process.returncode for process in processes]
+    assert not any(codes), f"{codes}\n" + "\n".join(errors)
     return torch.load(folder / f"{mode}-{world_size}.pt", weights_only=True)
 
 
