@@ -112,7 +112,7 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
-        return dilated_attention(
+        out: Tensor = dilated_attention(
             query,
             key,
             value,
@@ -121,6 +121,7 @@ class SelfAttention(nn.Module):
             row_shift=self.row_shift,
             **{**self.options, **call},
         )
+        return out
 
     def forward(self, x: Tensor, tables: XposTables | None, sequences: Mapping[str, Any]) -> Tensor:
         """(batch, seqlen, embed_dim) or packed (total, embed_dim) -> the same.

@@ -128,6 +128,9 @@ class LongNet(nn.Module):
 
     def reset_parameters(self) -> None:
         """MAGNETO's start: Xavier, with gain sqrt(log(2 * layers)) for v, out, fc1 and fc2."""
+        # Meta tensors hold no numbers, and torch's normal_ of one would import its whole compiler.
+        if self.layer_norm.weight.is_meta:
+            return
         gamma = math.sqrt(math.log(2 * len(self.layers)))
         for name, module in [*self.layers.named_modules(), ("layer_norm", self.layer_norm)]:
             if isinstance(module, nn.LayerNorm):
@@ -175,11 +178,15 @@ class LongNet(nn.Module):
         op = type(self).__name__
         dims = 3 if cu_seqlens is None else 2
         if x.dim() != dims or x.shape[-1] != self.embed_dim:
-            rows = "batch, seqlen" if cu_seqlens is None else "total"
-            expected = f"({rows}, {self.embed_dim})" + ("" if dims == 3 else " with cu_seqlens")
+            form = "batch, seqlen" if cu_seqlens is None else "total"
+            expected = f"({form}, {self.embed_dim})" + ("" if dims == 3 else " with cu_seqlens")
             raise InvalidProblem(message("x", expected, f"shape {tuple(x.shape)}", op=op))
         require_parameter_dtype("x", x, self.layer_norm.weight, op)
-        sequences = {"key_mask": key_mask, "seqused": seqused, "cu_seqlens": cu_seqlens}
+        sequences: dict[str, Any] = {
+            "key_mask": key_mask,
+            "seqused": seqused,
+            "cu_seqlens": cu_seqlens,
+        }
         rows = rows_of(op, x.shape[:-1], x.device, seqused, cu_seqlens)
         if seqused is not None and rows.length is not None:
             x = x.masked_fill((rows.position >= rows.length)[..., None], 0.0)

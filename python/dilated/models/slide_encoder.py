@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -93,6 +93,11 @@ class _Slides(NamedTuple):
     tiles: Tensor
     coords: Tensor
     key_mask: Tensor | None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> _Slides:
+        """The same change to all of them."""
+        mask = None if self.key_mask is None else change(self.key_mask)
+        return _Slides(change(self.tiles), change(self.coords), mask)
 
 
 class SlideEncoder(nn.Module):
@@ -190,6 +195,8 @@ class SlideEncoder(nn.Module):
 
     def reset_parameters(self) -> None:
         """GigaPath's start: Xavier-uniform weights, zero biases, cls_token of deviation 0.02."""
+        if self.cls_token.is_meta:  # as in LongNet
+            return
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
@@ -368,7 +375,7 @@ def _apart(
         yield slides
         return
     if cu_seqlens is None:
-        flat = _Slides(*(None if part is None else part.flatten(0, 1) for part in slides))
+        flat = slides.each(lambda part: part.flatten(0, 1))
         size, count = tiles.shape[1], tiles.shape[0]
         starts, ends = [[size * (i + k) for i in range(count)] for k in (0, 1)]
     else:
@@ -386,7 +393,7 @@ def _apart(
             raise InvalidProblem(message("seqused", expected, str(used), op=_OP))
         ends = [start + n for start, n in zip(starts, used, strict=True)]
     for start, end in zip(starts, ends, strict=True):
-        yield _Slides(*(None if part is None else part[None, start:end] for part in flat))
+        yield flat.each(lambda part: part[None, start:end])
 
 
 def _host(name: str, values: Lengths) -> list[int]:
