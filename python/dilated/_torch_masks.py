@@ -10,9 +10,11 @@ from torch import Tensor
 from .errors import Unsupported, message
 
 
-def refuse(argument: str, expected: str, got: Any, hint: str, op: str = "") -> NoReturn:
+def refuse(
+    argument: str, expected: str, got: Any, hint: str, op: str = "dilated_attention"
+) -> NoReturn:
     """Raise Unsupported: a request that cannot be honoured."""
-    raise Unsupported(message(argument, expected, str(got), hint, **({"op": op} if op else {})))
+    raise Unsupported(message(argument, expected, str(got), hint, op=op))
 
 
 def _require(holds: Tensor, argument: str, expected: str, got: str, hint: str) -> None:

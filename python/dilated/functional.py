@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, SupportsIndex, overload
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
 
 from torch import Tensor
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ._options import AttentionOptions, Integers, Lengths
+
+# Who is told of every call's query, key, value and options: `attention_received`.
+observers: list[Callable[[Tensor, Tensor, Tensor, dict[str, Any]], None]] = []
 
 
 @overload
@@ -145,6 +149,10 @@ def dilated_attention(
         torch.Size([2, 100, 8, 16])
     """
     require_tensors(query, key, value)
+    if observers:
+        sequences = {"key_mask": key_mask, "seqused": seqused, "cu_seqlens": cu_seqlens}
+        lists = {"segments": segments, "dilations": dilations, "row_shift": row_shift}
+        observers[-1](query, key, value, {**lists, **sequences, **options})
     checked = attention_options(segments=segments, dilations=dilations, **options)
     extras, checked = extras_of(query, checked, key_mask, seqused, cu_seqlens, None, dropout_seed)
     if flag("row_shift", row_shift):

@@ -128,6 +128,19 @@ def _pad_segments(x: Tensor, segment: Any, padded: Any) -> Tensor:
     return torch.cat([cut, zeros], dim=2).flatten(1, 2)
 
 
+def _pad_lengths(lengths: Tensor | None, segment: int, dilation: int) -> Tensor | None:
+    """Lengths once every segment is padded; a sequence's only segment may be a shorter one."""
+    if lengths is None:
+        return None
+
+    def up(x: Tensor | int, step: int) -> Any:
+        return (x + (step - 1)) // step
+
+    alone = up(lengths, dilation) * dilation
+    whole = up(lengths, segment) * (up(segment, dilation) * dilation)
+    return torch.where(lengths <= segment, alone, whole)
+
+
 def _row_shift(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Preset torchscale with upstream's shift of rows: (out, lse) in the user's layout."""
     extras, options = split(rest)
@@ -146,10 +159,11 @@ def _row_shift(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[T
         )  # fmt: skip
     q, k, v = _inputs((query, key, value), options.layout)
     n = q.shape[1]
-    key_mask = extras.key_mask
-    if extras.seqused is not None:
+    key_mask, used = extras.key_mask, None
+    if extras.seqused is not None:  # rows beyond are the zero rows that fill a last segment
         used = torch.arange(n, device=q.device) < extras.seqused.unsqueeze(1)
-        key_mask = used if key_mask is None else key_mask & used
+        q, k, v = (x.masked_fill(~used[..., None, None], 0.0) for x in (q, k, v))
+        key_mask = None if key_mask is None else key_mask | ~used
     outs, lses = [], []
     for b, (given, dilation, row) in enumerate(_branches(q, k, options)):
         segment = max(1, min(given, int(n)))
@@ -157,12 +171,17 @@ def _row_shift(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[T
         mask = None
         if key_mask is not None:  # a masked key leaves, the zero rows stay
             mask = ~_pad_segments(~key_mask, segment, padded)
-        branch_extras = extras._replace(key_mask=mask, seqused=None)
+        branch_extras = extras._replace(
+            key_mask=mask, seqused=_pad_lengths(extras.seqused, segment, dilation)
+        )
         q_b, k_b, v_b = (_pad_segments(x, segment, padded) for x in (q, k, v))
         single = options.single_branch(padded, dilation, row)
         out, lse = _attend((q_b, k_b, v_b), branch_extras, b, single)
         outs.append(out[:, :n])
         lses.append(lse[:, :, :n])
+        if used is not None:
+            outs[-1] = outs[-1].masked_fill(~used[..., None, None], 0.0)
+            lses[-1] = lses[-1].masked_fill(~used[:, None], -torch.inf)
     weights_have_gradient = options.digit("lse_grad") == 2
     out, lse = merge_by_lse(outs, lses, weights_have_gradient)
     return out.to(_out_dtype(query)).permute(_TO_BSHD[options.layout]).contiguous(), lse
