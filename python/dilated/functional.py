@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
 from torch import Tensor
 
 from . import _fake, _gradients, _ops, _transforms, parity  # noqa: F401 - registers operators
-from ._inputs import extras_of, require_tensors
+from ._inputs import optional_tensors, require_tensors
 from ._options import COLUMN_SUM_PRESETS, attention_options, flag
 
 if TYPE_CHECKING:
@@ -154,11 +154,13 @@ def dilated_attention(
         lists = {"segments": segments, "dilations": dilations, "row_shift": row_shift}
         observers[-1](query, key, value, {**lists, **sequences, **options})
     checked = attention_options(segments=segments, dilations=dilations, **options)
-    extras, checked = extras_of(query, checked, key_mask, seqused, cu_seqlens, None, dropout_seed)
+    optional, checked = optional_tensors(
+        query, checked, key_mask, seqused, cu_seqlens, None, dropout_seed
+    )
     if flag("row_shift", row_shift):
-        out, lse = _ops.ask(parity.row_shift_op, query, key, value, *extras, *checked)
+        out, lse = _ops.ask(parity.row_shift_op, query, key, value, *optional, *checked)
     elif options.get("preset") in COLUMN_SUM_PRESETS:
-        out, lse = _ops.ask(parity.column_sums_op, query, key, value, *extras, *checked)
+        out, lse = _ops.ask(parity.column_sums_op, query, key, value, *optional, *checked)
     else:
-        out, lse = _gradients.forward(query, key, value, extras, checked)
+        out, lse = _gradients.forward(query, key, value, optional, checked)
     return (out, lse) if flag("return_lse", return_lse) else out

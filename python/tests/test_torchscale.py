@@ -6,7 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,26 +14,10 @@ import pytest
 import torch
 import torchscale_restated
 from torch import Tensor, nn
+from torchscale_restated import arguments
 
 import dilated
 from dilated.compat import torchscale
-
-
-def arguments(**changes: Any) -> SimpleNamespace:
-    """The eight attributes that upstream reads."""
-    return SimpleNamespace(
-        **{
-            "flash_attention": True,
-            "segment_length": [4, 8],
-            "dilated_ratio": [1, 2],
-            "seq_parallel": False,
-            "multiway": False,
-            "layernorm_eps": 1e-5,
-            "xpos_rel_pos": False,
-            "xpos_scale_base": 512,
-            **changes,
-        }
-    )
 
 
 def upstream(subln: bool = True, heads: int = 4, **changes: Any) -> nn.Module:
@@ -365,7 +349,7 @@ import os, sys
 import torch
 from dilated import Unsupported
 from dilated.compat import torchscale
-from test_torchscale import arguments
+from torchscale_restated import arguments
 store, rank = sys.argv[1], int(sys.argv[2])
 torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
 x = torch.randn(1, 8, 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -140,6 +141,23 @@ def gigapath_slide_encoder(
         x = after_attention(x, torch.cat(outs, -1), weights, layer)
         states.append(x)
     return states, layer_norm(x, weights, "encoder.layer_norm")
+
+
+def arguments(**changes: Any) -> SimpleNamespace:
+    """The eight attributes that upstream reads."""
+    return SimpleNamespace(
+        **{
+            "flash_attention": True,
+            "segment_length": [4, 8],
+            "dilated_ratio": [1, 2],
+            "seq_parallel": False,
+            "multiway": False,
+            "layernorm_eps": 1e-5,
+            "xpos_rel_pos": False,
+            "xpos_scale_base": 512,
+            **changes,
+        }
+    )
 
 
 class Xpos(nn.Module):
