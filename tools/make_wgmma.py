@@ -1,6 +1,6 @@
 """Writes src/kernels/cuda/device/wgmma.cuh: assembly operand lists, which templates cannot expand.
 
-    python tools/make_wgmma.py > src/kernels/cuda/device/wgmma.cuh
+python tools/make_wgmma.py | clang-format > src/kernels/cuda/device/wgmma.cuh
 """
 
 from __future__ import annotations
@@ -71,11 +71,7 @@ def statement(width: int, kind: str, registers: bool) -> str:
     """One asm statement of the given width, dtype and kind of first operand."""
     count = width // 2
     outputs = ", ".join(f"%{i}" for i in range(count))
-    a = (
-        "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
-        if registers
-        else f"%{count}"
-    )
+    a = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}" if registers else f"%{count}"
     next_operand = count + (4 if registers else 1)
     b, flag, transposed = (f"%{next_operand + i}" for i in range(3))
     order = f"1, 1, {transposed}" if registers else f"1, 1, 0, {transposed}"
@@ -98,7 +94,8 @@ def statement(width: int, kind: str, registers: bool) -> str:
 def product(width: int) -> str:
     """The specialisation for one width."""
     lines = [
-        f"template <typename Element, bool kTransposed>\nstruct Product<Element, {width}, kTransposed> {{\n"
+        "template <typename Element, bool kTransposed>\n"
+        f"struct Product<Element, {width}, kTransposed> {{\n"
     ]
     for registers in (False, True):
         a = "const std::uint32_t (&a)[4]" if registers else "std::uint64_t a"

@@ -21,8 +21,8 @@ struct Case {
   std::vector<std::int64_t> segments, dilations;
   bool is_causal;
   float amplitude = 1.7f;
-  float scale = 0.0f;      // 0: head_dim^-1/2
-  int missing_head = -1;   // takes no part in the last branch
+  float scale = 0.0f;        // 0: head_dim^-1/2
+  int missing_head = -1;     // takes no part in the last branch
   std::int64_t poison = -1;  // first of 100 positions whose values are NaN
 };
 
@@ -64,8 +64,8 @@ struct Tensors {
       return dilated::gpu::ForwardCall::View{data, c.length * heads * c.head_dim,
                                              heads * c.head_dim, c.head_dim};
     };
-    call.dtype = std::is_same_v<Element, __half> ? dilated::DType::kFloat16
-                                                 : dilated::DType::kBFloat16;
+    call.dtype =
+        std::is_same_v<Element, __half> ? dilated::DType::kFloat16 : dilated::DType::kBFloat16;
     call.is_causal = c.is_causal;
     call.scale = scale(c);
     call.batch = c.batch;
@@ -253,7 +253,15 @@ int main(int argc, char** argv) {
         const std::string name = "d" + std::to_string(d) + mask;
         for (const Case& c : std::vector<Case>{
                  {"dense " + name, 1, 2048, 2, 2, d, {2048}, {1}, causal},
-                 {"aligned " + name, 2, 4096, 4, 4, d, {512, 1024, 2048, 4096}, {1, 2, 4, 8}, causal},
+                 {"aligned " + name,
+                  2,
+                  4096,
+                  4,
+                  4,
+                  d,
+                  {512, 1024, 2048, 4096},
+                  {1, 2, 4, 8},
+                  causal},
                  {"ragged " + name, 2, 5003, 4, 2, d, {700, 1501, 4000}, {1, 3, 7}, causal},
                  {"short " + name, 3, 37, 4, 1, d, {16, 64}, {1, 50}, causal},
                  {"scores " + name, 1, 1000, 2, 2, d, {256, 1024}, {1, 2}, causal, 6.0f, -0.9f},
@@ -270,17 +278,24 @@ int main(int argc, char** argv) {
   if (what == "time") {
     const std::vector<std::int64_t> paper = {1, 2, 4, 6, 12};
     const std::vector<std::int64_t> geometric = {1, 2, 4, 8, 16};
-    for (const Case& c : std::vector<Case>{
-             {"dense n 2048 d 64 full", 64, 2048, 16, 16, 64, {2048}, {1}, false},
-             {"dense n 2048 d 64 causal", 64, 2048, 16, 16, 64, {2048}, {1}, true},
-             {"dense n 2048 d 128 full", 64, 2048, 16, 16, 128, {2048}, {1}, false},
-             {"dense n 2048 d 128 causal", 64, 2048, 16, 16, 128, {2048}, {1}, true},
-             {"dense n 16384 d 128 full", 8, 16384, 16, 16, 128, {16384}, {1}, false},
-             {"P64", 1, 131072, 12, 12, 64, kWindows, paper, true},
-             {"G128c", 1, 131072, 16, 16, 128, kWindows, geometric, true},
-             {"G128f", 1, 131072, 16, 16, 128, kWindows, geometric, false},
-             {"M64", 1, 1048576, 16, 16, 64, {2048, 8192, 32768, 131072, 524288},
-              {1, 4, 16, 16, 16}, false}}) {
+    for (const Case& c :
+         std::vector<Case>{{"dense n 2048 d 64 full", 64, 2048, 16, 16, 64, {2048}, {1}, false},
+                           {"dense n 2048 d 64 causal", 64, 2048, 16, 16, 64, {2048}, {1}, true},
+                           {"dense n 2048 d 128 full", 64, 2048, 16, 16, 128, {2048}, {1}, false},
+                           {"dense n 2048 d 128 causal", 64, 2048, 16, 16, 128, {2048}, {1}, true},
+                           {"dense n 16384 d 128 full", 8, 16384, 16, 16, 128, {16384}, {1}, false},
+                           {"P64", 1, 131072, 12, 12, 64, kWindows, paper, true},
+                           {"G128c", 1, 131072, 16, 16, 128, kWindows, geometric, true},
+                           {"G128f", 1, 131072, 16, 16, 128, kWindows, geometric, false},
+                           {"M64",
+                            1,
+                            1048576,
+                            16,
+                            16,
+                            64,
+                            {2048, 8192, 32768, 131072, 524288},
+                            {1, 4, 16, 16, 16},
+                            false}}) {
       time(c);
     }
     return 0;

@@ -46,7 +46,8 @@ __global__ void load(const __grid_constant__ CUtensorMap map, int row, int resid
 unsigned char* guarded(std::size_t bytes) {
   CUmemAllocationProp properties{};
   properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
-  properties.location = {CU_MEM_LOCATION_TYPE_DEVICE, {0}};
+  properties.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  properties.location.id = 0;
   const auto entry = [](const char* name) {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found{};
@@ -66,7 +67,7 @@ unsigned char* guarded(std::size_t bytes) {
   require(reinterpret_cast<decltype(&cuMemAddressReserve)>(entry("cuMemAddressReserve"))(
       &address, 64 * bytes, bytes, 0, 0));
   require(reinterpret_cast<decltype(&cuMemCreate)>(entry("cuMemCreate"))(&handle, bytes,
-                                                                          &properties, 0));
+                                                                         &properties, 0));
   const CUdeviceptr inside = address + 32 * bytes;
   require(reinterpret_cast<decltype(&cuMemMap)>(entry("cuMemMap"))(inside, bytes, 0, handle, 0));
   CUmemAccessDesc access{};
@@ -95,12 +96,14 @@ int run(std::string_view what) {
     return rows / kColumns;
   };
   const gpu::MapOptions options{};
-  const gpu::RowTensor rows = {tensor, 1, kLength, 1, kColumns, kLength * kRowBytes, kRowBytes,
-                               kRowBytes, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2};
+  const gpu::RowTensor rows = {tensor,    1,         kLength,
+                               1,         kColumns,  kLength * kRowBytes,
+                               kRowBytes, kRowBytes, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                               2};
   const auto map = [&](unsigned char* base, cuuint64_t extent, cuuint64_t residues) {
-    return gpu::encode_map(base, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, {kColumns, extent, residues, 1, 1},
-                           {kDilation * kRowBytes, kRowBytes, kRowBytes, kLength * kRowBytes},
-                           options);
+    return gpu::encode_map(
+        base, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, {kColumns, extent, residues, 1, 1},
+        {kDilation * kRowBytes, kRowBytes, kRowBytes, kLength * kRowBytes}, options);
   };
   if (what == "tight") {
     const gpu::DilatedMaps maps = gpu::dilated_maps(rows, kDilation, options);

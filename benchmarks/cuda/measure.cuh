@@ -14,8 +14,7 @@
 
 namespace bench {
 
-inline void check(cudaError_t error,
-                  std::source_location where = std::source_location::current()) {
+inline void check(cudaError_t error, std::source_location where = std::source_location::current()) {
   if (error != cudaSuccess) {
     std::fprintf(stderr, "%s:%u: %s\n", where.file_name(), where.line(), cudaGetErrorString(error));
     std::exit(1);

@@ -76,11 +76,9 @@ __device__ void add_tiles(const Arguments& arguments, Shared<kHeadDim>& shared) 
                                                 shared.sums + panel * kTile * 32);
         }
       } else {
-        float* target =
-            arguments.packed + (std::int64_t{group} * kRows + m * kTile) * kHeadDim;
+        float* target = arguments.packed + (std::int64_t{group} * kRows + m * kTile) * kHeadDim;
         gpu::ptx::cp_reduce_async_bulk(gpu::ptx::space_global, gpu::ptx::space_shared,
-                                       gpu::ptx::op_add, target, shared.sums,
-                                       kTile * kHeadDim * 4);
+                                       gpu::ptx::op_add, target, shared.sums, kTile * kHeadDim * 4);
       }
       gpu::ptx::cp_async_bulk_commit_group();
       if (arguments.ordered) {
@@ -185,7 +183,8 @@ __global__ void permute(const float* packed, __nv_bfloat16* natural, int heads, 
   const int row = static_cast<int>(line % kRows);
   const int group = static_cast<int>(line / kRows);
   const int head = group % heads;
-  const std::int64_t token = (std::int64_t{group / heads} * kRows + row) * dilation + head % dilation;
+  const std::int64_t token =
+      (std::int64_t{group / heads} * kRows + row) * dilation + head % dilation;
   const float4 x = reinterpret_cast<const float4*>(packed)[piece];
   __nv_bfloat162 y[2] = {__floats2bfloat162_rn(x.x, x.y), __floats2bfloat162_rn(x.z, x.w)};
   *reinterpret_cast<uint2*>(natural + (token * heads + head) * kHeadDim + piece % kPieces * 4) =
@@ -210,14 +209,13 @@ void measure(int dilation) {
   arguments.sums = gpu::dilated_maps(
       {natural.data(), 1, kLength, heads, kHeadDim, kLength * row * 4, row * 4, kHeadDim * 4,
        CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4},
-      dilation,
-      {.box_rows = kTile, .box_columns = 32, .swizzle = CU_TENSOR_MAP_SWIZZLE_128B});
+      dilation, {.box_rows = kTile, .box_columns = 32, .swizzle = CU_TENSOR_MAP_SWIZZLE_128B});
   arguments.packed = packed.data();
   arguments.tickets = tickets.data();
   arguments.sink = sink.data();
   constexpr int kShared = sizeof(Shared<kHeadDim>);
-  bench::check(cudaFuncSetAttribute(skeleton<kHeadDim>,
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+  bench::check(cudaFuncSetAttribute(skeleton<kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    kShared));
   const double bytes = double(groups) * kTiles * kTiles * kTile * kHeadDim * 4;
   struct Case {
     const char* name;
@@ -238,11 +236,12 @@ void measure(int dilation) {
       packed.clear();
       const double clear_ms = bench::median_ms([&] { tickets.clear(); }, 5);
       const double ms = bench::median_ms(
-          [&] {
-            tickets.clear();
-            skeleton<kHeadDim><<<128, 384, kShared>>>(arguments);
-          },
-          7) - clear_ms;
+                            [&] {
+                              tickets.clear();
+                              skeleton<kHeadDim><<<128, 384, kShared>>>(arguments);
+                            },
+                            7) -
+                        clear_ms;
       bench::check(cudaGetLastError());
       const double flop = 2.0 * products * groups * kTiles * kTiles * kTile * kTile * kHeadDim;
       std::printf("D %3d r %2d products %d %-13s %7.3f ms %6.0f TFLOP/s %6.0f GB/s added\n",

@@ -87,9 +87,16 @@ void measure(std::int64_t length) {
   for (const int dilation : {1, 2, 4, 6, 8, 12, 16}) {
     const std::int64_t segment = std::int64_t{kSegmentRows} * dilation;
     const std::int64_t row = std::int64_t{kHeads} * kHeadDim * 2;
-    const gpu::RowTensor rows = {tensor.data(), 1,   length,       kHeads,
-                                 kHeadDim,      length * row, row, kHeadDim * 2,
-                                 CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2};
+    const gpu::RowTensor rows = {tensor.data(),
+                                 1,
+                                 length,
+                                 kHeads,
+                                 kHeadDim,
+                                 length * row,
+                                 row,
+                                 kHeadDim * 2,
+                                 CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                                 2};
     Arguments arguments{};
     arguments.dilation = dilation;
     arguments.segments = static_cast<int>(length / segment);
@@ -103,19 +110,17 @@ void measure(std::int64_t length) {
         const auto size = [](std::int64_t n) { return static_cast<cuuint64_t>(n); };
         arguments.by_segment = by_segment;
         arguments.sequence = gpu::dilated_maps(rows, dilation, options);
-        arguments.segment_view =
-            gpu::encode_map(tensor.data(), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                            {size(kHeadDim), size(kSegmentRows), size(dilation), size(kHeads),
-                             size(arguments.segments)},
-                            {size(dilation * row), size(row), size(kHeadDim * 2),
-                             size(segment * row)},
-                            options);
+        arguments.segment_view = gpu::encode_map(
+            tensor.data(), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            {size(kHeadDim), size(kSegmentRows), size(dilation), size(kHeads),
+             size(arguments.segments)},
+            {size(dilation * row), size(row), size(kHeadDim * 2), size(segment * row)}, options);
         constexpr int kShared = kStages * kRows * kHeadDim * 2;
         bench::check(cudaFuncSetAttribute(stream<kHeadDim>,
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
         const int blocks = bench::multiprocessors();
-        const double ms = bench::median_ms(
-            [&] { stream<kHeadDim><<<blocks, 32, kShared>>>(arguments); });
+        const double ms =
+            bench::median_ms([&] { stream<kHeadDim><<<blocks, 32, kShared>>>(arguments); });
         bench::check(cudaGetLastError());
         std::printf(" %7.0f", bytes / ms * 1e-6);
       }

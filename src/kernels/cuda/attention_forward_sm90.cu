@@ -1,6 +1,4 @@
 // Launches of the forward kernel: sparse branches first, then the dense branch that merges them.
-#include "src/kernels/cuda/attention_forward_sm90.h"
-
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -8,6 +6,7 @@
 #include <string>
 
 #include "src/kernels/cuda/attention_forward_sm90.cuh"
+#include "src/kernels/cuda/attention_forward_sm90.h"
 
 namespace dilated::gpu {
 namespace {
@@ -74,7 +73,8 @@ void launch(const ForwardCall& call, ForwardArguments& arguments,
     int device = 0;
     int count = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+          "multiprocessors");
     return count;
   }();
   const auto grid = static_cast<unsigned>(std::min<std::int64_t>(tiles, units));
@@ -101,9 +101,9 @@ void run(const ForwardCall& call) {
   for (std::size_t i = 0; i < sparse.size(); ++i) {
     const Branch& branch = call.branches[sparse[i]];
     const BranchGeometry geometry = geometry_of(call, branch);
-    arguments->partials[i] = {
-        static_cast<int>(geometry.segment), static_cast<int>(geometry.dilation),
-        static_cast<int>(geometry.slots()), static_cast<int>(rows)};
+    arguments->partials[i] = {static_cast<int>(geometry.segment),
+                              static_cast<int>(geometry.dilation),
+                              static_cast<int>(geometry.slots()), static_cast<int>(rows)};
     rows += geometry.compact_rows({0, call.length});
     std::copy(branch.offsets.begin(), branch.offsets.end(),
               arguments->partial_offsets + i * static_cast<std::size_t>(call.heads));

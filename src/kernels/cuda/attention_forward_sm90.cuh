@@ -108,7 +108,8 @@ __device__ inline QueryTile query_tile(const ForwardArguments& arguments, int in
   tile.segment = static_cast<int>(w % static_cast<unsigned>(b.segments));
   tile.batch = static_cast<int>(w / static_cast<unsigned>(b.segments));
   // Causal: longest first.
-  tile.first_row = kRows * (kCausal ? b.tiles - 1 - static_cast<int>(block) : static_cast<int>(block));
+  tile.first_row =
+      kRows * (kCausal ? b.tiles - 1 - static_cast<int>(block) : static_cast<int>(block));
   const int offset = arguments.offsets[branch * arguments.heads + tile.head];
   const int begin = tile.segment * b.rows.segment;
   const int length = min(b.rows.segment, arguments.length - begin);
@@ -265,8 +266,7 @@ class Consumer {
       const int panel = k * kDepth / kPanelColumns;
       const std::uint32_t bytes = k * kDepth % kPanelColumns * sizeof(Element);
       Product<Element, Tiles::kKeys, false>::run(
-          scores,
-          advance(operand_of(shared_.query[panel] + first_row_ * kPanelColumns), bytes),
+          scores, advance(operand_of(shared_.query[panel] + first_row_ * kPanelColumns), bytes),
           advance(operand_of(shared_.key[keys_.stage][panel]), bytes), k > 0);
     }
     pin(scores);
@@ -447,8 +447,8 @@ class Consumer {
         continue;
       }
       const float2 sums = arguments_.partial_sums[slot];
-      const auto merged = merge_sums(total, ScaledSum<float>{sums.x, sums.y},
-                                     [](float x) { return exp2_unit(x); });
+      const auto merged =
+          merge_sums(total, ScaledSum<float>{sums.x, sums.y}, [](float x) { return exp2_unit(x); });
       total = merged.total;
       const float* partial = arguments_.partial_out + slot * kHeadDim + thread_ % 4 * 2;
 #pragma unroll
@@ -459,9 +459,9 @@ class Consumer {
         own[1] = fmaf(own[1], merged.first, other.y * merged.second);
       }
     }
-    auto* out = static_cast<Element*>(arguments_.out) +
-                tile_.batch * arguments_.out_batch_stride + position * arguments_.out_row_stride +
-                tile_.head * arguments_.out_head_stride + thread_ % 4 * 2;
+    auto* out = static_cast<Element*>(arguments_.out) + tile_.batch * arguments_.out_batch_stride +
+                position * arguments_.out_row_stride + tile_.head * arguments_.out_head_stride +
+                thread_ % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; ++j) {
       *reinterpret_cast<std::uint32_t*>(out + 8 * j) =
@@ -469,9 +469,9 @@ class Consumer {
     }
     if (thread_ % 4 == 0) {
       constexpr float kLn2 = 0.6931471805599453f;
-      arguments_.lse[(std::int64_t{tile_.batch} * arguments_.heads + tile_.head) *
-                         arguments_.length +
-                     position] = (total.max + __log2f(total.sum)) * kLn2;
+      arguments_
+          .lse[(std::int64_t{tile_.batch} * arguments_.heads + tile_.head) * arguments_.length +
+               position] = (total.max + __log2f(total.sum)) * kLn2;
     }
   }
 

@@ -38,8 +38,8 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   static const auto encoder = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found{};
-    const cudaError_t error = cudaGetDriverEntryPointByVersion(
-        "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &found);
     if (error != cudaSuccess || function == nullptr) {
       throw std::runtime_error("cuTensorMapEncodeTiled: not found in the CUDA driver");
     }
@@ -78,12 +78,12 @@ inline DilatedMaps dilated_maps(const RowTensor& tensor, std::int64_t dilation,
                                 const MapOptions& options) {
   const auto encode = [&](std::int64_t rows, std::int64_t residues) {
     const auto size = [](std::int64_t n) { return static_cast<cuuint64_t>(n); };
-    return encode_map(tensor.data, tensor.type,
-                      {size(tensor.columns), size(rows), size(residues), size(tensor.heads),
-                       size(tensor.batch)},
-                      {size(dilation * tensor.row_stride), size(tensor.row_stride),
-                       size(tensor.head_stride), size(tensor.batch_stride)},
-                      options);
+    return encode_map(
+        tensor.data, tensor.type,
+        {size(tensor.columns), size(rows), size(residues), size(tensor.heads), size(tensor.batch)},
+        {size(dilation * tensor.row_stride), size(tensor.row_stride), size(tensor.head_stride),
+         size(tensor.batch_stride)},
+        options);
   };
   const std::int64_t shorter = tensor.rows / dilation;
   const std::int64_t rest = tensor.rows % dilation;

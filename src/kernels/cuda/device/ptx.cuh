@@ -26,10 +26,10 @@ class Barrier {
   /// One arrival that also waits for `bytes` of bulk copies. A box counts in full, also where it
   /// lies out of bounds.
   __device__ void arrive_and_expect(std::uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     shared_address(&word_)),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&word_)),
+        "r"(bytes)
+        : "memory");
   }
   __device__ void wait(std::uint32_t parity) {
     asm volatile(

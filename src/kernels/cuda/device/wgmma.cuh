@@ -27,9 +27,7 @@ __device__ inline std::uint64_t advance(std::uint64_t operand, std::uint32_t byt
   return operand + (bytes >> 4);
 }
 
-__device__ inline void begin_products() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
+__device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void commit_products() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
