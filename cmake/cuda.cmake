@@ -1,11 +1,13 @@
-# CUDA sources, if DILATED_CUDA is ON. No CUDA back end exists yet: what is compiled
-# is a probe, which shows that the toolchain takes our C++20 and that geometry.h is device code.
+# CUDA, if DILATED_CUDA is ON: the language, and what every target with CUDA sources needs.
 if(NOT DILATED_CUDA)
   return()
 endif()
 
-if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES 80 90a-real)
+# 8.0 serves 8.6 and 8.9 too, the PTX of 9.0 whatever is newer.
+set(DILATED_CUDA_ARCHITECTURES 80-real 90 CACHE STRING "CUDA architectures, as CMAKE_CUDA_ARCHITECTURES names them")
+set(CMAKE_CUDA_ARCHITECTURES ${DILATED_CUDA_ARCHITECTURES})
+if(DILATED_CCACHE AND PROJECT_IS_TOP_LEVEL AND NOT DEFINED CMAKE_CUDA_COMPILER_LAUNCHER)
+  set(CMAKE_CUDA_COMPILER_LAUNCHER ${DILATED_CCACHE})
 endif()
 enable_language(CUDA)
 # CMake before 3.25.2 does not know nvcc's C++20 flag ("requires the language dialect CUDA20"). A global
@@ -16,7 +18,11 @@ if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
   list(APPEND CMAKE_CUDA_COMPILE_FEATURES cuda_std_20)
 endif()
 
-add_library(dilated_cuda_probe OBJECT ${PROJECT_SOURCE_DIR}/src/kernels/cuda/probe.cu)
-target_include_directories(dilated_cuda_probe PRIVATE ${PROJECT_SOURCE_DIR} ${PROJECT_SOURCE_DIR}/include)
-target_compile_options(dilated_cuda_probe PRIVATE --expt-relaxed-constexpr)
-set_target_properties(dilated_cuda_probe PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF)
+# dilated_cuda(target): constexpr functions of ours are device functions too; the run time is linked statically, so
+# that the library loads where no CUDA is.
+function(dilated_cuda target)
+  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>)
+  target_include_directories(${target} SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  set_target_properties(${target} PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF
+                                             CUDA_RUNTIME_LIBRARY Static)
+endfunction()

@@ -29,7 +29,7 @@ struct MergedSums {
 /// `power(x)` is base^x. Absent operands get weight 0; two absent operands stay absent. 0.0 is a
 /// value like any other.
 template <typename Real, typename Power>
-inline MergedSums<Real> merge_sums(const ScaledSum<Real>& a, const ScaledSum<Real>& b,
+constexpr MergedSums<Real> merge_sums(const ScaledSum<Real>& a, const ScaledSum<Real>& b,
                                    const Power& power) {
   const Real top = a.max > b.max ? a.max : b.max;
   if (top == kAbsentLse<Real>) {

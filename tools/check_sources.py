@@ -27,6 +27,7 @@ MAY_INCLUDE = {
     "bindings/torch": ("dilated/", "bindings/torch/"),
     "tests": ("dilated/", "src/", "tests/", "hwy/"),
     "benchmarks": ("dilated/",),
+    "benchmarks/cuda": ("dilated/", "src/*.h", "src/kernels/cuda/", "benchmarks/cuda/"),
     "examples": ("dilated/",),
 }
 PUBLIC_FORBIDDEN = re.compile(r"<(torch|ATen|c10|Python|cuda|hwy|fmt)\b")

@@ -157,22 +157,26 @@ Masks masks_of(const OptionalTensors& optional, const Call& call) {
   return masks;
 }
 
-/// Threads and scratch memory of one pass, both torch's.
+/// Threads, stream and scratch memory of one pass, all torch's.
 class TorchContext {
  public:
   TorchContext(const Call& call, Pass pass, const Tensor& like)
-      : bytes_(call.plan.workspace_bytes(pass)), workspace_(new_workspace(like, bytes_)) {}
+      : bytes_(call.plan.workspace_bytes(pass)),
+        workspace_(new_workspace(like, bytes_)),
+        stream_(current_stream(like)) {}
 
   Context context() const {
     return {.parallel_for = &threads_,
             .workspace = {static_cast<std::byte*>(workspace_.mutable_data_ptr()),
-                          static_cast<std::size_t>(bytes_)}};
+                          static_cast<std::size_t>(bytes_)},
+            .stream = stream_};
   }
 
  private:
   TorchParallelFor threads_;
   std::int64_t bytes_;
   Tensor workspace_;
+  void* stream_;
 };
 
 /// New tensors that forward fills, and their views.

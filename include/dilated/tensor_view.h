@@ -28,7 +28,7 @@ struct StridedView {
   std::array<std::int64_t, kRank> strides{};  // in elements
 
   /// False for an optional tensor that was not given.
-  bool defined() const { return data != nullptr; }
+  constexpr bool defined() const { return data != nullptr; }
 };
 
 /// (batch, seqlen, heads, head_dim), last dimension contiguous.

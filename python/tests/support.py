@@ -124,9 +124,11 @@ def _with_gradients(
     return dict(zip(NAMES, (out.detach(), lse.detach(), *found), strict=True))
 
 
-def run(case: Case, dtype: torch.dtype, with_dlse: bool = True, **call: Any) -> dict[str, Tensor]:
-    """The operator's outputs and gradients."""
-    data = case.tensors(dtype)
+def run(
+    case: Case, dtype: torch.dtype, with_dlse: bool = True, device: str = "cpu", **call: Any
+) -> dict[str, Tensor]:
+    """The operator's outputs and gradients, computed on `device`."""
+    data = {name: tensor.to(device) for name, tensor in case.tensors(dtype).items()}
     mask = {"key_mask": data["key_mask"]} if case.masked else {}
     return _with_gradients(
         lambda q, k, v: dilated.dilated_attention(

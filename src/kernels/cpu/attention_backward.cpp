@@ -25,7 +25,7 @@
 #include "src/kernels/cpu/addressing.h"
 #include "src/kernels/cpu/attention.h"
 #include "src/kernels/cpu/decision.h"
-#include "src/kernels/cpu/score_units.h"
+#include "src/score_units.h"
 #include "src/kernels/cpu/scratch.h"
 #include "src/kernels/cpu/work_items.h"
 #include "src/masks.h"
@@ -166,7 +166,7 @@ class BackwardSegment {
              head_dim_, 1.0f, dout_row(slot), head_dim_);
     const float dlse =
         tensors_.dlse.defined() ? cpu::item_at(tensors_.dlse, sequence_.batch, head_, token) : 0.0f;
-    cpu::LogSum sum{cpu::item_at(tensors_.lse, sequence_.batch, head_, token),
+    LogSum sum{cpu::item_at(tensors_.lse, sequence_.batch, head_, token),
                     tensors_.lse_residual.defined()
                         ? cpu::item_at(tensors_.lse_residual, sequence_.batch, head_, token)
                         : 0.0f};
@@ -182,7 +182,7 @@ class BackwardSegment {
       if (problem_.merge != Merge::kLse) {
         const float* const pair =
             cpu::saved_row(tensors_.branch_lse, sequence_.batch, head_, saved);
-        const cpu::LogSum branch{pair[0], pair[1]};
+        const LogSum branch{pair[0], pair[1]};
         const auto count = static_cast<float>(
             problem_.merge == Merge::kMean
                 ? covering_branches(problem_, sequence_.length, head_, position(row))
@@ -409,7 +409,7 @@ class BackwardSegment {
   const BackwardTensors& tensors_;
   const GradientSums& gradients_;
   const BackwardScratch& scratch_;
-  cpu::ScoreUnits units_;
+  ScoreUnits units_;
   float out_scale_;
   std::size_t branch_;
   std::size_t sequence_index_;

@@ -16,7 +16,7 @@
 #include "src/kernels/cpu/attention.h"
 #include "src/kernels/cpu/branch_rows.h"
 #include "src/kernels/cpu/decision.h"
-#include "src/kernels/cpu/score_units.h"
+#include "src/score_units.h"
 #include "src/kernels/cpu/scratch.h"
 #include "src/kernels/cpu/work_items.h"
 #include "src/masks.h"
@@ -354,7 +354,7 @@ class ForwardBlock {
                                 geometry.first_slot(sequence_.queries.begin);
         std::copy_n(row, head_dim_,
                     cpu::saved_row(tensors_.branch_out, sequence_.batch, head_, at));
-        const cpu::LogSum saved = units_.log_sum(sum);
+        const LogSum saved = units_.log_sum(sum);
         float* const pair = cpu::saved_row(tensors_.branch_lse, sequence_.batch, head_, at);
         pair[0] = saved.lse;
         pair[1] = saved.residual;
@@ -392,7 +392,7 @@ class ForwardBlock {
       }
       store_row(tensors_.out.dtype, row, head_dim_,
                 cpu::row_at(tensors_.out, sequence_.batch, row_of(p), head_));
-      const cpu::LogSum sum = units_.log_sum(
+      const LogSum sum = units_.log_sum(
           {scratch_.state_max[p - block_.begin], scratch_.state_sum[p - block_.begin]});
       cpu::item_at(tensors_.lse, sequence_.batch, head_, row_of(p)) = sum.lse;
       if (tensors_.lse_residual.defined()) {
@@ -406,7 +406,7 @@ class ForwardBlock {
   const cpu::CpuDecision& decision_;
   const ForwardTensors& tensors_;
   const ForwardScratch& scratch_;
-  cpu::ScoreUnits units_;
+  ScoreUnits units_;
   std::size_t sequence_index_;
   const Sequence& whole_;
   Sequence sequence_;  // as far as it is used

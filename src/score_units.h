@@ -16,7 +16,7 @@
 
 #include "src/merge.h"
 
-namespace dilated::cpu {
+namespace dilated {
 
 struct LogSum {
   float lse;       // natural
@@ -25,7 +25,7 @@ struct LogSum {
 
 class ScoreUnits {
  public:
-  explicit ScoreUnits(double scale)
+  constexpr explicit ScoreUnits(double scale)
       : magnitude_(std::abs(scale)), factor_(static_cast<float>(magnitude_ * 1.4426950408889634)) {
     // Below the smallest normal number a scale is 0: then queries are, and any factor will do.
     const bool is_zero = factor_ < std::numeric_limits<float>::min();
@@ -36,20 +36,20 @@ class ScoreUnits {
   }
 
   /// Queries are packed times this: scores with a negative scale are those of -q.
-  float sign() const { return sign_; }
-  float factor() const { return factor_; }
+  constexpr float sign() const { return sign_; }
+  constexpr float factor() const { return factor_; }
   /// scale q = magnitude (sign q)
-  float magnitude() const { return static_cast<float>(magnitude_); }
+  constexpr float magnitude() const { return static_cast<float>(magnitude_); }
   /// 2^(factor x)
-  float power(float x) const { return std::exp2(factor_ * x); }
+  constexpr float power(float x) const { return std::exp2(factor_ * x); }
 
-  float base_of(float lse) const {
+  constexpr float base_of(float lse) const {
     // A product near the largest number may round beyond it.
     constexpr float kLargest = std::numeric_limits<float>::max();
     const float base = lse * per_lse_;
     return std::isinf(base) ? std::clamp(base, -kLargest, kLargest) : base;
   }
-  LogSum log_sum(const ScaledSum<float>& row) const {
+  constexpr LogSum log_sum(const ScaledSum<float>& row) const {
     if (row.max == kAbsentLse<float>) {
       return {kAbsentLse<float>, 0.0f};
     }
@@ -57,7 +57,7 @@ class ScoreUnits {
     return {lse, factor_ * (row.max - base_of(lse)) + std::log2(row.sum)};
   }
   /// Share of one branch in the whole, e^(l_b - L); neither is absent.
-  float share(const LogSum& branch, const LogSum& whole) const {
+  constexpr float share(const LogSum& branch, const LogSum& whole) const {
     return std::exp2(factor_ * (base_of(branch.lse) - base_of(whole.lse)) +
                      (branch.residual - whole.residual));
   }
@@ -69,4 +69,4 @@ class ScoreUnits {
   float per_lse_;
 };
 
-}  // namespace dilated::cpu
+}  // namespace dilated

@@ -1,0 +1,138 @@
+// Tiles, tables and scratch of the CUDA back end.
+#include "src/kernels/cuda/decision.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include "src/branches.h"
+#include "src/geometry.h"
+
+namespace dilated::gpu {
+namespace {
+
+constexpr std::int64_t kPiece = 256;  // pieces of the workspace start at multiples of it
+
+constexpr std::int64_t whole_pieces(std::int64_t bytes) { return ceil_div(bytes, kPiece) * kPiece; }
+
+/// Appends `values` to `block` and returns where they begin.
+template <typename T>
+std::int64_t append(std::vector<std::byte>& block, const std::vector<T>& values) {
+  const std::size_t begin = block.size();
+  block.resize(begin + values.size() * sizeof(T));
+  if (!values.empty()) {
+    std::memcpy(block.data() + begin, values.data(), values.size() * sizeof(T));
+  }
+  return static_cast<std::int64_t>(begin);
+}
+
+/// Groups of one branch's tiles of `rows` rows, of all sequences; `window` picks queries or keys.
+template <typename Window>
+void add_groups(const Plan& plan, std::size_t branch, std::int64_t rows, const Window& window,
+                std::vector<TileGroup>& groups, std::int64_t& tiles) {
+  const Branch& shape = plan.problem().branches[branch];
+  for (std::size_t s = 0; s < plan.sequences().size(); ++s) {
+    const Sequence& sequence = plan.sequences()[s];
+    TileGroup group;
+    group.first_tile = tiles;
+    group.sequence = static_cast<std::int32_t>(s);
+    group.branch = static_cast<std::int32_t>(branch);
+    group.row_begin = plan.branch_row_begin(branch, s);
+    const Range positions = window(sequence);
+    if (positions.size() > 0) {
+      const BranchGeometry geometry(sequence.length, shape.segment, shape.dilation);
+      group.first_segment = positions.begin / geometry.segment;
+      group.tiles_per_segment = ceil_div(
+          std::min(geometry.slots(), positions.size() / geometry.dilation + 1), rows);
+      const std::int64_t segments =
+          (positions.end - 1) / geometry.segment + 1 - group.first_segment;
+      tiles += segments * group.tiles_per_segment;
+    }
+    groups.push_back(group);
+  }
+}
+
+int padded(std::int64_t head_dim) {
+  for (const int candidate : kPaddedHeadDims) {
+    if (head_dim <= candidate) {
+      return candidate;
+    }
+  }
+  return 0;  // rejected
+}
+
+}  // namespace
+
+CudaDecision::CudaDecision(const Plan& plan)
+    : padded_head_dim(padded(plan.problem().head_dim)),
+      tiles(tile_shape(padded_head_dim * static_cast<int>(size_of(plan.problem().dtype)))),
+      branch_order(ascending_branches(plan.problem())) {
+  const Problem& problem = plan.problem();
+  merge_rows = std::clamp<std::int64_t>(
+      kMaxBranches / static_cast<std::int64_t>(problem.branches.size()), 1, 32);
+
+  std::vector<BranchShape> shapes;
+  std::vector<std::int64_t> offsets;
+  for (const Branch& branch : problem.branches) {
+    shapes.push_back({branch.segment, branch.dilation});
+    offsets.insert(offsets.end(), branch.offsets.begin(), branch.offsets.end());
+  }
+  std::vector<TileGroup> query_groups;
+  std::vector<TileGroup> key_groups;
+  query_tiles = key_tiles = {0};
+  for (const std::size_t branch : branch_order) {
+    query_tiles.push_back(query_tiles.back());
+    add_groups(
+        plan, branch, tiles.rows, [](const Sequence& s) { return s.queries; }, query_groups,
+        query_tiles.back());
+    key_tiles.push_back(key_tiles.back());
+    add_groups(
+        plan, branch, tiles.rows, [](const Sequence& s) { return s.keys; }, key_groups,
+        key_tiles.back());
+  }
+  std::vector<TileGroup> row_groups;
+  row_tiles = 0;
+  for (std::size_t s = 0; s < plan.sequences().size(); ++s) {
+    row_groups.push_back({.first_tile = row_tiles, .sequence = static_cast<std::int32_t>(s)});
+    row_tiles += ceil_div(plan.sequences()[s].queries.size(), merge_rows);
+  }
+  at.sequences = append(tables, plan.sequences());
+  at.branches = append(tables, shapes);
+  at.offsets = append(tables, offsets);
+  at.query_groups = append(tables, query_groups);
+  at.key_groups = append(tables, key_groups);
+  at.row_groups = append(tables, row_groups);
+
+  const std::int64_t rows = problem.batch * problem.num_heads * plan.branch_rows();
+  const bool rounds = problem.dtype != DType::kFloat32;
+  table_bytes = whole_pieces(static_cast<std::int64_t>(tables.size()));
+  branch_sums = whole_pieces(rows * 8);
+  branch_out = whole_pieces(rows * 4 * problem.head_dim);
+  row_numbers = whole_pieces(rows * 16);
+  query_gradient =
+      rounds ? whole_pieces(problem.batch * problem.query_rows() * problem.num_heads * 4 *
+                            problem.head_dim)
+             : 0;
+  key_gradient = rounds ? whole_pieces(problem.batch * problem.key_rows() * problem.num_kv_heads *
+                                       4 * problem.head_dim)
+                        : 0;
+}
+
+std::int64_t CudaDecision::workspace_bytes(Pass pass) const {
+  return pass == Pass::kForward ? table_bytes + branch_sums + branch_out
+                                : table_bytes + row_numbers + query_gradient + 2 * key_gradient;
+}
+
+std::string CudaDecision::to_string() const {
+  return fmt::format(
+      "kernels       sm_80, head_dim as {}\nbranch order  [{}]\nforward       tiles {} x {}, {} "
+      "blocks per head; merge of {} rows, {} blocks\nbackward      tiles {} x {}, {} + {} blocks "
+      "per head\n",
+      padded_head_dim, fmt::join(branch_order, ", "), tiles.rows, tiles.forward_columns,
+      query_tiles.back(), merge_rows, row_tiles, tiles.rows, tiles.backward_columns,
+      query_tiles.back(), key_tiles.back());
+}
+
+}  // namespace dilated::gpu

@@ -1,0 +1,89 @@
+// What the CUDA back end decides for a problem: tiles, the order of branches, scratch, and the
+// tables that its kernels read. A pure function of the plan: no device is asked.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "dilated/decision.h"
+#include "dilated/plan.h"
+
+namespace dilated::gpu {
+
+/// Head dims that kernels exist for; others are padded with zeros to the next one.
+inline constexpr int kPaddedHeadDims[] = {32, 64, 128, 256};
+inline constexpr std::int64_t kMaxHeadDim = 256;
+
+/// Rows of the tile that stays in shared memory, 16 per warp, and of the tiles that pass by.
+/// Sizes are those at which the four tiles of backward fit into the 99 KB of the smallest cards.
+struct TileShape {
+  int rows;
+  int forward_columns;
+  int backward_columns;
+};
+constexpr TileShape tile_shape(int row_bytes) {
+  if (row_bytes <= 256) {
+    return {64, 64, 64};
+  }
+  return row_bytes <= 512 ? TileShape{64, 32, 16} : TileShape{32, 16, 16};
+}
+
+/// Tiles of one branch on one sequence, or of all rows of one sequence. A sequence that is cut
+/// (seqused) has no more segments and rows than a whole one: blocks beyond its end find nothing.
+struct TileGroup {
+  std::int64_t first_tile = 0;  // among those of all groups
+  std::int64_t first_segment = 0;
+  std::int64_t tiles_per_segment = 1;
+  std::int64_t row_begin = 0;  // plan.branch_row_begin()
+  std::int32_t sequence = 0;
+  std::int32_t branch = 0;
+};
+
+struct BranchShape {
+  std::int64_t segment;
+  std::int64_t dilation;
+};
+
+/// Where the tables lie in their one block of memory, in bytes.
+struct TableOffsets {
+  std::int64_t sequences = 0;     // Sequence per sequence
+  std::int64_t branches = 0;      // BranchShape per branch
+  std::int64_t offsets = 0;       // residue per (branch, head), int64
+  std::int64_t query_groups = 0;  // TileGroup per (rank of branch, sequence), tiles of query rows
+  std::int64_t key_groups = 0;    // the same, tiles of key rows
+  std::int64_t row_groups = 0;    // TileGroup per sequence: all of its query rows
+};
+
+struct CudaDecision final : Decision {
+  int padded_head_dim;
+  TileShape tiles;
+  /// Branch numbers in ascending order of segment length: the order of merges; backward goes down.
+  std::vector<std::size_t> branch_order;
+  /// Query rows of one block of the merge.
+  std::int64_t merge_rows;
+  // Tiles before each rank of branch_order, and in all.
+  std::vector<std::int64_t> query_tiles;
+  std::vector<std::int64_t> key_tiles;
+  std::int64_t row_tiles;
+  std::vector<std::byte> tables;
+  TableOffsets at;
+
+  // Workspace, each piece in bytes. Tables come first.
+  std::int64_t table_bytes;
+  std::int64_t branch_sums;     // forward: (max, sum) of every branch row
+  std::int64_t branch_out;      // forward: O_b of every branch row, float32
+  std::int64_t row_numbers;     // backward: (base, residual, delta) of every branch row
+  std::int64_t query_gradient;  // backward: float32 sums of gradients that are rounded
+  std::int64_t key_gradient;    // once for dkey, once for dvalue
+
+  explicit CudaDecision(const Plan& plan);
+  std::int64_t workspace_bytes(Pass pass) const override;
+  std::string to_string() const override;
+};
+
+/// Most branches of a problem: the merge keeps two numbers per branch in shared memory.
+inline constexpr std::int64_t kMaxBranches = 2048;
+
+}  // namespace dilated::gpu
