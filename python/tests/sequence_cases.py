@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,7 +90,9 @@ def _random(draw: random.Random, ranks: int) -> Sharded:
         cu = [0, *sorted(draw.randint(0, case.n) for _ in range(3)), case.n]
     used = None
     if draw.random() < 0.3:
-        lengths = [case.n] * case.batch if cu is None else [b - a for a, b in zip(cu, cu[1:])]
+        lengths = (
+            [case.n] * case.batch if cu is None else [b - a for a, b in itertools.pairwise(cu)]
+        )
         used = [draw.randint(0, length) for length in lengths]
     dtype = draw.choice([torch.float32, torch.float32, torch.bfloat16, torch.float64])
     return Sharded(case, _shards(draw, case.n, ranks), dtype, cu, used)

@@ -1,10 +1,11 @@
 """One rank of test_sequence.py.
 
 python sequence_worker.py SCENARIO FOLDER RANK WORLD_SIZE
-    cases       every case of sequence_cases.py; rank r writes results-WORLD_SIZE-r.pt
-    mismatches  calls that differ between ranks; writes errors-r.pt
+    cases       every case of sequence_cases.py, and the bytes that calls send
+    mismatches  calls that differ between ranks
     killed, stopped, late, raising
-                the last rank fails in the second call; the others write errors-r.pt
+                the last rank fails in the second call
+Rank r writes FOLDER/SCENARIO-WORLD_SIZE-r.pt.
 """
 
 from __future__ import annotations
@@ -13,37 +14,64 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from sequence_cases import cases
+from torch import Tensor
 
 from dilated.distributed import SequenceGroups, dilated_attention
 
 TIMEOUT = 3.0
-CALL = {"segments": [8, 40], "dilations": [1, 2]}
+Attention = Callable[..., Any]
 
 
-def run_cases(groups: SequenceGroups) -> list[dict[str, torch.Tensor]]:
+def small_call(groups: SequenceGroups, x: Tensor, **changed: Any) -> Any:
+    lists = {"segments": [8, 40], "dilations": [1, 2]}
+    return dilated_attention(*x, sequence_groups=groups, **{**lists, **changed})
+
+
+def run_cases(groups: SequenceGroups) -> list[dict[str, Tensor]]:
     results = []
     for number, sharded in enumerate(cases(groups.size)):
         begin = sum(sharded.shards[: groups.rank])
         rows = sharded.shards[groups.rank]
         shards = sharded.shards if number % 2 else None
-        results.append(
-            sharded.run(
-                dilated_attention,
-                lambda x, dim: x.narrow(dim, begin, rows),
-                groups=groups,
-                shards=shards,
-            )
-        )
+        attention = partial(dilated_attention, sequence_groups=groups, shards=shards)
+        results.append(sharded.run(attention, lambda x, dim: x.narrow(dim, begin, rows)))
     return results
 
 
-def error_of(call: Any) -> tuple[str, str, float]:
+def bytes_sent(groups: SequenceGroups, **call: Any) -> list[int]:
+    """Sizes of the messages of forward and backward of one call."""
+    sizes = []
+    isend = dist.isend
+
+    def counting(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        sizes.append(tensor.nbytes)
+        return isend(tensor, *arguments, **options)
+
+    x = torch.randn(3, 1, 96, 4, 8, requires_grad=True)
+    dist.isend = counting
+    try:
+        out = dilated_attention(*x, sequence_groups=groups, **call)
+        out.sum().backward()
+    finally:
+        dist.isend = isend
+    return sizes
+
+
+def volumes(groups: SequenceGroups) -> dict[str, list[int]]:
+    local = {"segments": [32, 96], "dilations": [1, 2], "shards": [96] * groups.size}
+    far = {"segments": [32, 96 * groups.size], "dilations": [1, 4]}
+    return {"local": bytes_sent(groups, **local), "far": bytes_sent(groups, **far)}
+
+
+def error_of(call: Callable[[], Any]) -> tuple[str, str, float]:
     """Type and text of what a call raises, and the seconds until then."""
     start = time.monotonic()
     try:
@@ -53,55 +81,49 @@ def error_of(call: Any) -> tuple[str, str, float]:
     return "", "", time.monotonic() - start
 
 
-def mismatches(rank: int) -> dict[str, Any]:
-    """One rank, the last of three, calls differently."""
+def mismatches(rank: int, size: int) -> dict[str, Any]:
+    """The last rank calls differently."""
     x = torch.randn(3, 1, 12, 2, 4)
-    odd = rank == dist.get_world_size() - 1
-    calls = {
-        "option": lambda groups: dilated_attention(*x, groups=groups, is_causal=odd, **CALL),
-        "branches": lambda groups: dilated_attention(
-            *x, groups=groups, segments=[8, 41 if odd else 40], dilations=[1, 2]
-        ),
-        "dtype": lambda groups: dilated_attention(
-            *(x.double() if odd else x), groups=groups, **CALL
-        ),
-        "error": lambda groups: dilated_attention(
-            *x, groups=groups, **{**CALL, "dilations": [1, 0 if odd else 2]}
-        ),
-        "shards": lambda groups: dilated_attention(
-            *x, groups=groups, shards=None if odd else [12, 12, 12], **CALL
-        ),
-        "seqused": lambda groups: dilated_attention(*x, groups=groups, seqused=[30 + odd], **CALL),
+    odd = rank == size - 1
+    calls: dict[str, dict[str, Any]] = {
+        "option": {"is_causal": odd},
+        "branches": {"segments": [8, 41 if odd else 40]},
+        "dtype": {"x": x.double() if odd else x},
+        "error": {"dilations": [1, 0 if odd else 2]},
+        "shards": {"shards": None if odd else [12] * size},
+        "seqused": {"seqused": [30 + odd]},
     }
-    errors = {name: error_of(lambda: call(SequenceGroups(timeout=TIMEOUT)))
-              for name, call in calls.items()}  # fmt: skip
+    errors = {}
+    for name, changed in calls.items():
+        groups = SequenceGroups(timeout=TIMEOUT)
+        errors[name] = error_of(lambda: small_call(groups, **{"x": x, **changed}))
 
-    def calls_differ(groups: SequenceGroups) -> None:
-        query = x[0].clone().requires_grad_()
-        out = dilated_attention(query, *x[1:], groups=groups, **CALL)
+    def other_number_of_calls(groups: SequenceGroups) -> None:
+        inputs = x.clone().requires_grad_()
+        out = small_call(groups, inputs)
         if odd:
-            dilated_attention(query, *x[1:], groups=groups, **CALL)
+            small_call(groups, inputs)
         else:
             out.sum().backward()
 
     groups = SequenceGroups(timeout=TIMEOUT)
-    errors["calls"] = error_of(lambda: calls_differ(groups))
-    errors["after"] = error_of(lambda: dilated_attention(*x, groups=groups, **CALL))
+    errors["calls"] = error_of(lambda: other_number_of_calls(groups))
+    errors["after"] = error_of(lambda: small_call(groups, x))
     return errors
 
 
-def failing(scenario: str, rank: int, folder: Path) -> dict[str, Any]:
+def failure(scenario: str, rank: int, size: int) -> dict[str, Any]:
     groups = SequenceGroups(timeout=TIMEOUT)
     x = torch.randn(3, 1, 12, 2, 4)
-    dilated_attention(*x, groups=groups, **CALL)
-    if rank == groups.size - 1:
+    small_call(groups, x)
+    if rank == size - 1:
         if scenario == "raising":
             raise SystemExit(3)
         if scenario == "late":
             time.sleep(2.5 * TIMEOUT)
         else:
             os.kill(os.getpid(), signal.SIGKILL if scenario == "killed" else signal.SIGSTOP)
-    return {"call": error_of(lambda: dilated_attention(*x, groups=groups, **CALL))}
+    return {"call": error_of(lambda: small_call(groups, x))}
 
 
 def main(scenario: str, folder: Path, rank: int, size: int) -> None:
@@ -109,11 +131,15 @@ def main(scenario: str, folder: Path, rank: int, size: int) -> None:
     store = f"file://{folder}/{scenario}-{size}.store"
     dist.init_process_group("gloo", store, rank=rank, world_size=size)
     torch.manual_seed(rank)
+    result: dict[str, Any]
     if scenario == "cases":
-        torch.save(run_cases(SequenceGroups(timeout=60)), folder / f"results-{size}-{rank}.pt")
+        groups = SequenceGroups(timeout=60)
+        result = {"cases": run_cases(groups), "volumes": volumes(groups)}
+    elif scenario == "mismatches":
+        result = mismatches(rank, size)
     else:
-        errors = mismatches(rank) if scenario == "mismatches" else failing(scenario, rank, folder)
-        torch.save(errors, folder / f"{scenario}-{rank}.pt")
+        result = failure(scenario, rank, size)
+    torch.save(result, folder / f"{scenario}-{size}-{rank}.pt")
     if scenario in ("cases", "mismatches"):
         dist.barrier()
         dist.destroy_process_group()

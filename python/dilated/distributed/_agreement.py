@@ -72,9 +72,11 @@ def agree(groups: SequenceGroups, header: Header, operation: str) -> list[Header
     if failed:
         groups.failure = f"an error of ranks {failed} in {operation}"
         raise InvalidProblem(
-            message("groups", "the same call on all ranks", groups.failure, "they say which")
+            message(
+                "sequence_groups", "the same call on all ranks", groups.failure, "they say which"
+            )
         )
-    differences = []
+    differences: list[str] = []
     for name, words in _WORDS.items():
         if differences and name not in _STEP:
             break  # calls at different steps have nothing else to compare
@@ -89,5 +91,7 @@ def agree(groups: SequenceGroups, header: Header, operation: str) -> list[Header
     if differences:
         # Calls that differ once are no longer counted alike.
         groups.failure = "; ".join(differences)
-        raise InvalidProblem(message("groups", "the same call on all ranks", groups.failure))
+        raise InvalidProblem(
+            message("sequence_groups", "the same call on all ranks", groups.failure)
+        )
     return headers

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import _fake, _ops
-from .._transforms import autocast_inputs
 from .._inputs import lengths, optional_tensors, require_tensors
 from .._options import COLUMN_SUM_PRESETS, DTYPES, Options, attention_options, flag, integers
+from .._transforms import autocast_inputs
 from ..errors import InvalidProblem, Unsupported, message
 from ._agreement import Header, agree, tell_failure
 from ._groups import SequenceGroups
@@ -125,9 +125,7 @@ class _ShardedAttention(torch.autograd.Function):
         saved = ctx.saved_tensors
         if not call.plan.is_local:
             require_usable(call.groups)
-            header = Header(
-                0, call.number, 1, *call.plan.hashes, rows=call.plan.shards[call.groups.rank]
-            )
+            header = Header(0, call.number, 1, *call.plan.hashes)
             agree(call.groups, header, f"backward of call {call.number}")
         if dout is None:
             dout = torch.zeros_like(saved[5])
@@ -137,6 +135,9 @@ class _ShardedAttention(torch.autograd.Function):
         if not call.plan.is_local:
             _add_gradients(call, dkey, dvalue, *dclass)
         return dquery, dkey.to(saved[1].dtype), dvalue.to(saved[2].dtype), None
+
+
+_apply: Any = _ShardedAttention.apply
 
 
 def _windows(layout: str, batch: int, begin: int, rows: int, total: int, cu: list[int]) -> Tensor:
@@ -216,11 +217,7 @@ def _check(
     asked = (list(alone), total, 0, *options)
     hashes = list(_ops.ask(_ops.ops.exchange_numbers, *asked)[3:])
     seed = optional.dropout_seed
-    header = Header(
-        0,
-        groups.calls,
-        0,
-        *hashes,
+    header = Header(0, groups.calls, 0, *hashes)._replace(
         seqused=0 if used is None else hash(tuple(used.tolist())),
         seeded=int(dropout_seed is not None),
         rows=rows,
@@ -267,7 +264,7 @@ def dilated_attention(
     key: Tensor,
     value: Tensor,
     *,
-    groups: SequenceGroups,
+    sequence_groups: SequenceGroups,
     segments: Integers,
     dilations: Integers,
     shards: Sequence[SupportsIndex] | None = ...,
@@ -285,7 +282,7 @@ def dilated_attention(
     key: Tensor,
     value: Tensor,
     *,
-    groups: SequenceGroups,
+    sequence_groups: SequenceGroups,
     segments: Integers,
     dilations: Integers,
     shards: Sequence[SupportsIndex] | None = ...,
@@ -302,7 +299,7 @@ def dilated_attention(
     key: Tensor,
     value: Tensor,
     *,
-    groups: SequenceGroups,
+    sequence_groups: SequenceGroups,
     segments: Integers,
     dilations: Integers,
     shards: Sequence[SupportsIndex] | None = None,
@@ -324,7 +321,7 @@ def dilated_attention(
         query: (batch, rows, heads, head_dim), or as ``layout`` says: this rank's rows.
         key: (batch, rows, kv_heads, head_dim).
         value: like key.
-        groups: The ranks.
+        sequence_groups: The ranks.
         segments: Segment length of every branch.
         dilations: Dilation of every branch.
         shards: Rows of every rank. None: ranks tell each other. If they are given and no segment
@@ -344,7 +341,7 @@ def dilated_attention(
         InvalidProblem: an argument breaks a rule, or ranks make different calls: then on all ranks,
             before any tensor travels.
         Unsupported: no back end can run this, or tensors are not on the CPU.
-        DistributedAttentionError: a rank did not answer within the timeout of ``groups``.
+        DistributedAttentionError: a rank did not answer within the timeout of ``sequence_groups``.
 
     Example:
         >>> import torch, torch.distributed as dist, dilated.distributed
@@ -352,13 +349,12 @@ def dilated_attention(
         >>> groups = dilated.distributed.SequenceGroups()
         >>> q, k, v = torch.randn(3, 1, 100, 8, 16).unbind(0)
         >>> out = dilated.distributed.dilated_attention(
-        ...     q, k, v, groups=groups, segments=[16, 64], dilations=[1, 4]
+        ...     q, k, v, sequence_groups=groups, segments=[16, 64], dilations=[1, 4]
         ... )
         >>> out.shape
         torch.Size([1, 100, 8, 16])
         >>> dist.destroy_process_group()
     """
-
     require_tensors(query, key, value)
     inputs = query, key, value
 
@@ -372,9 +368,9 @@ def dilated_attention(
             none = _ops.OptionalTensors()
             cast = autocast_inputs(query.device.type, (query, key, value, *none, *checked))
             inputs = cast[0], cast[1], cast[2]
-        return _check(groups, inputs, shards, seqused, cu_seqlens, dropout_seed, checked)
+        return _check(sequence_groups, inputs, shards, seqused, cu_seqlens, dropout_seed, checked)
 
     wants_lse = flag("return_lse", return_lse)
-    call = _agreed_call(groups, check)
-    out, lse = _ShardedAttention.apply(*inputs, call)
+    call = _agreed_call(sequence_groups, check)
+    out, lse = _apply(*inputs, call)
     return (out, lse) if wants_lse else out

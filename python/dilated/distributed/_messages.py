@@ -25,12 +25,14 @@ def require_usable(groups: SequenceGroups) -> None:
     """Raise if an exchange failed before, or the group has no point-to-point messages here."""
     if groups.failure is not None:
         raise DistributedAttentionError(
-            f"dilated_attention: groups: no call after a failed one ({groups.failure})", "call", ()
+            f"dilated_attention: sequence_groups: no call after a failed one ({groups.failure})",
+            "call",
+            (),
         )
     backend = dist.get_backend(groups.group)
     if "gloo" not in backend:
         expected = "a Gloo group, with tensors on the CPU"
-        raise Unsupported(message("groups", expected, backend))
+        raise Unsupported(message("sequence_groups", expected, backend))
 
 
 class Exchange:
