@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <new>
+#include <tuple>
 
 #include "src/backend_table.h"
 #include "src/view_check.h"
@@ -49,8 +50,23 @@ class CallCheck : public ViewCheck {
     contiguous_rows("branch_lse", lse);
   }
 
-  void inputs(const ConstTensorView& query, const ConstTensorView& key,
-              const ConstTensorView& value, const Masks& masks) const {
+  /// (batch, class rows, 1, head_dim).
+  template <typename Void>
+  void class_rows(const char* name, const StridedView<Void, 4>& view, DType dtype) const {
+    if (problem_.key_layout == KeyLayout::kClassRows) {
+      tensor(name, view, {problem_.batch, plan_.class_row_count(), 1, problem_.head_dim}, dtype);
+      rows(name, view);
+    } else if (view.defined()) {
+      fail(name, "none, as the problem's keys come by position", "a tensor");
+    }
+  }
+
+  template <typename Tensors>
+  void inputs(const Tensors& tensors) const {
+    const auto& [query, key, value, masks] =
+        std::tie(tensors.query, tensors.key, tensors.value, tensors.masks);
+    class_rows("class_key", tensors.class_key, problem_.dtype);
+    class_rows("class_value", tensors.class_value, problem_.dtype);
     tokens("query", query, problem_.query_rows(), problem_.num_heads, false);
     tokens("key", key, problem_.key_rows(), problem_.num_kv_heads, false);
     tokens("value", value, problem_.key_rows(), problem_.num_kv_heads, false);
@@ -143,7 +159,7 @@ class Scratch {
 void forward(const Plan& plan, const ForwardTensors& t, const Context& context) {
   const Problem& problem = plan.problem();
   const CallCheck check("forward", plan);
-  check.inputs(t.query, t.key, t.value, t.masks);
+  check.inputs(t);
   check.tokens("out", t.out, problem.query_rows(), problem.num_heads, true);
   check.row_values("lse", t.lse, problem.query_rows());
   if (t.lse_residual.defined()) {
@@ -157,7 +173,11 @@ void forward(const Plan& plan, const ForwardTensors& t, const Context& context) 
                  {"lse_residual", t.lse_residual},
                  {"branch_out", t.branch_out},
                  {"branch_lse", t.branch_lse}},
-                {{"query", t.query}, {"key", t.key}, {"value", t.value}});
+                {{"query", t.query},
+                 {"key", t.key},
+                 {"value", t.value},
+                 {"class_key", t.class_key},
+                 {"class_value", t.class_value}});
   const Scratch scratch(check, plan, Pass::kForward, context);
   if (problem.batch * problem.query_rows() * problem.num_heads > 0) {
     plan.backend().forward(plan, t, scratch.context());
@@ -173,7 +193,7 @@ void backward(const Plan& plan, const BackwardTensors& t, const Context& context
   if (t.dlse.defined()) {
     check.row_values("dlse", t.dlse, query_rows);
   }
-  check.inputs(t.query, t.key, t.value, t.masks);
+  check.inputs(t);
   check.tokens("out", t.out, query_rows, problem.num_heads, true);
   check.row_values("lse", t.lse, query_rows);
   if (t.lse_residual.defined()) {
@@ -182,7 +202,8 @@ void backward(const Plan& plan, const BackwardTensors& t, const Context& context
   if (plan.needs_branch_outputs()) {
     check.branches(t.branch_out, t.branch_lse);
     for (const Sequence& sequence : plan.sequences()) {
-      if (sequence.keys != Range{0, sequence.length}) {
+      if (sequence.keys != Range{0, sequence.length} &&
+          problem.key_layout == KeyLayout::kPositions) {
         reject<Unsupported>("lse_grad",
                             "true for gradients of windows that hold a part of the keys", "false",
                             "detached merge weights need every branch's result over all keys");
@@ -192,12 +213,20 @@ void backward(const Plan& plan, const BackwardTensors& t, const Context& context
   check.tokens("dquery", t.dquery, query_rows, problem.num_heads, true);
   check.tokens("dkey", t.dkey, key_rows, problem.num_kv_heads, true);
   check.tokens("dvalue", t.dvalue, key_rows, problem.num_kv_heads, true);
-  check.outputs({{"dquery", t.dquery}, {"dkey", t.dkey}, {"dvalue", t.dvalue}},
+  check.class_rows("dclass_key", t.dclass_key, accumulation_dtype(problem.dtype));
+  check.class_rows("dclass_value", t.dclass_value, accumulation_dtype(problem.dtype));
+  check.outputs({{"dquery", t.dquery},
+                 {"dkey", t.dkey},
+                 {"dvalue", t.dvalue},
+                 {"dclass_key", t.dclass_key},
+                 {"dclass_value", t.dclass_value}},
                 {{"dout", t.dout},
                  {"dlse", t.dlse},
                  {"query", t.query},
                  {"key", t.key},
                  {"value", t.value},
+                 {"class_key", t.class_key},
+                 {"class_value", t.class_value},
                  {"out", t.out},
                  {"lse", t.lse},
                  {"branch_out", t.branch_out},

@@ -315,6 +315,7 @@ Problem make_problem(const Options& options, const Shapes& shapes) {
   problem.dropout_p = options.dropout_p;
   problem.cu_seqlens = shapes.cu_seqlens;
   problem.windows = shapes.windows;
+  problem.key_layout = shapes.key_layout;
   problem.has_key_mask = shapes.has_key_mask;
   problem.has_seqused = shapes.has_seqused;
   const std::vector<std::int64_t> offsets =

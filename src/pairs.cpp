@@ -86,7 +86,10 @@ std::vector<std::int64_t> count_pairs(const Problem& problem) {
     }
     heads_of_offset.erase(-1);
     Count count;
-    for (const Sequence& sequence : sequences) {
+    for (Sequence sequence : sequences) {
+      if (problem.key_layout == KeyLayout::kClassRows) {  // of all shards
+        sequence.keys = {0, sequence.length};
+      }
       if (sequence.length > 0) {
         const BranchGeometry geometry(sequence.length, branch.segment, branch.dilation);
         for (const auto& [offset, heads] : heads_of_offset) {

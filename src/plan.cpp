@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 
 #include "src/backend_table.h"
+#include "src/class_rows.h"
 #include "src/geometry.h"
 #include "src/sequences.h"
 
@@ -51,6 +52,17 @@ Plan make_plan(const Problem& problem, std::string_view backend) {
     }
     plan.branch_rows_ += std::min(rows, rows / branch.dilation + rows / branch.segment + extra);
   }
+  if (problem.key_layout == KeyLayout::kClassRows) {
+    for (const Branch& branch : problem.branches) {
+      plan.class_rows_.push_back(class_columns(problem, branch));
+      // Batch elements that are not packed are alike.
+      for (std::size_t s = 0; s < (packed ? plan.sequences_.size() : problem.batch > 0); ++s) {
+        const Sequence& sequence = plan.sequences_[s];
+        add_partial_segments(branch, problem.is_causal, sequence.length, sequence.keys, s,
+                             plan.class_rows_.back(), plan.class_row_count_);
+      }
+    }
+  }
   plan.decision_ = plan.backend_->decide(plan);
   return plan;
 }
@@ -59,6 +71,19 @@ std::string_view Plan::backend_name() const { return backend_->name; }
 
 std::int64_t Plan::branch_row_begin(std::size_t branch, std::size_t sequence) const {
   return branch_row_begin_[branch * sequences_.size() + sequence];
+}
+
+const PartialSegment* Plan::partial_segment(std::size_t branch, std::size_t sequence,
+                                            std::int64_t segment) const {
+  if (class_rows_.empty()) {
+    return nullptr;
+  }
+  const std::size_t of = problem_.cu_seqlens.empty() ? 0 : sequence;
+  const std::vector<PartialSegment>& parts = class_rows_[branch].segments;
+  const auto found = std::find_if(parts.begin(), parts.end(), [&](const PartialSegment& part) {
+    return part.sequence == of && part.segment == segment;
+  });
+  return found == parts.end() ? nullptr : &*found;
 }
 
 std::string Plan::to_string() const {

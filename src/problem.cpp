@@ -141,7 +141,8 @@ void validate_range(const std::string& name, const Range& range, std::int64_t le
 
 void validate_windows(const Problem& problem) {
   const std::vector<Window>& windows = problem.windows;
-  if (windows.empty()) {
+  const bool class_rows = problem.key_layout == KeyLayout::kClassRows;
+  if (windows.empty() && !class_rows) {
     return;
   }
   if (static_cast<std::int64_t>(windows.size()) != problem.num_sequences()) {
@@ -161,7 +162,20 @@ void validate_windows(const Problem& problem) {
           fmt::format("{} queries and {} keys", windows[s].queries.size(), windows[s].keys.size()));
     }
   }
-  if (problem.merge != Merge::kLse) {
+  for (std::size_t s = 0; s < windows.size() && class_rows; ++s) {
+    if (windows[s].queries != windows[s].keys) {
+      reject(fmt::format("windows[{}].keys", s),
+             fmt::format("those of the queries, [{}, {}), with class rows",
+                         windows[s].queries.begin, windows[s].queries.end),
+             fmt::format("[{}, {})", windows[s].keys.begin, windows[s].keys.end),
+             "a shard holds both");
+    }
+  }
+  if (class_rows && problem.has_key_mask) {
+    reject<Unsupported>("key_mask", "none with class rows", "a mask",
+                        "it would have to hold the keys of other shards");
+  }
+  if (problem.merge != Merge::kLse && !class_rows) {
     reject<Unsupported>("merge", "lse with windows", std::string(name_of(problem.merge)),
                         "results of windows are merged by their log-sum-exps, which say nothing "
                         "about the single branches");
@@ -205,6 +219,10 @@ std::string_view name_of(Merge merge) {
 }
 
 std::string_view name_of(Tail tail) { return tail == Tail::kMask ? "mask" : "phantom"; }
+
+std::string_view name_of(KeyLayout layout) {
+  return layout == KeyLayout::kPositions ? "positions" : "class rows";
+}
 
 void validate(const Problem& problem) {
   validate_device(problem);
@@ -275,6 +293,9 @@ std::string to_string(const Problem& problem) {
   }
   if (problem.windows.size() > 8) {
     text += fmt::format("              and {} windows more\n", problem.windows.size() - 8);
+  }
+  if (problem.key_layout != KeyLayout::kPositions) {
+    text += fmt::format("keys          by {}\n", name_of(problem.key_layout));
   }
   return text;
 }

@@ -1,4 +1,4 @@
-// forward, forward_saving and backward:
+// forward, forward_saving and backward, and the latter two with keys by class rows:
 //   tensors -> TensorInfo (checked) -> Shapes -> Problem -> Plan -> views, workspace -> core
 #include <algorithm>
 #include <string>
@@ -22,6 +22,9 @@ struct OptionalTensors {
   const std::optional<Tensor>& cu_seqlens;
   const std::optional<Tensor>& windows;
   const std::optional<Tensor>& dropout_seed;
+  // (batch, class rows, head_dim), with the keys of a shard
+  const Tensor* class_key = nullptr;
+  const Tensor* class_value = nullptr;
 };
 
 constexpr const char* kOptionalSchema =
@@ -39,7 +42,10 @@ struct Call {
   bool has_sequences() const { return !inputs.windows || shapes.batch > 0; }
   DType rows_dtype() const { return accumulation_dtype(shapes.dtype); }
   /// Windows give partial results, which are not rounded.
-  DType out_dtype() const { return inputs.windows ? rows_dtype() : shapes.dtype; }
+  DType out_dtype() const {
+    return inputs.windows && !has_class_rows() ? rows_dtype() : shapes.dtype;
+  }
+  bool has_class_rows() const { return shapes.key_layout == KeyLayout::kClassRows; }
 };
 
 const std::int64_t* int64_data(const Tensor& tensor) {
@@ -93,7 +99,7 @@ void read_windows(const Tensor& windows, Layout layout, Shapes& shapes) {
 std::int64_t alignment_of(std::initializer_list<const Tensor*> tensors, std::int64_t row_bytes) {
   std::uint64_t bits = 64 | static_cast<std::uint64_t>(row_bytes);
   for (const Tensor* tensor : tensors) {
-    if (tensor->numel() == 0) {
+    if (tensor == nullptr || tensor->numel() == 0) {
       continue;  // read through a placeholder with any strides
     }
     const auto element = static_cast<std::uint64_t>(tensor->element_size());
@@ -130,11 +136,38 @@ Call make_call(const CallOptions& options, const Tensor& query, const Tensor& ke
   const bool empty = query.numel() == 0 || key.numel() == 0;
   if (!empty) {
     const std::int64_t row_bytes = shapes.head_dim * size_of(shapes.dtype);
-    shapes.alignment = dout == nullptr ? alignment_of({&query, &key, &value}, row_bytes)
-                                       : alignment_of({&query, &key, &value, dout}, row_bytes);
+    shapes.alignment = alignment_of(
+        {&query, &key, &value, dout, optional.class_key, optional.class_value}, row_bytes);
+  }
+  if (optional.class_key != nullptr) {
+    shapes.key_layout = KeyLayout::kClassRows;
   }
   Plan plan = make_plan(make_problem(options.core, shapes), options.backend);
   return {std::move(inputs), options.layout, std::move(shapes), std::move(plan)};
+}
+
+/// (batch, class rows, head_dim) as one head.
+ConstTensorView class_row_view(const char* name, const Tensor& tensor, const Call& call) {
+  const auto n = tensor.sizes();
+  const auto s = tensor.strides();
+  const bool empty = tensor.numel() == 0;
+  if (n.size() != 3 || dtype_name(tensor) != name_of(call.shapes.dtype) ||
+      (!empty && n[2] > 1 && s[2] != 1)) {
+    reject(name, "query's dtype and shape (batch, class rows, head_dim)",
+           std::to_string(n.size()) + " dimensions of " + std::string(dtype_name(tensor)));
+  }
+  return {data_or_placeholder(tensor.const_data_ptr()),
+          call.shapes.dtype,
+          {n[0], n[1], 1, n[2]},
+          {s[0], s[1], n[2], 1}};
+}
+
+TensorView new_class_row_view(const Tensor& tensor, DType dtype) {
+  const auto n = tensor.sizes();
+  return {data_or_placeholder(tensor.mutable_data_ptr()),
+          dtype,
+          {n[0], n[1], 1, n[2]},
+          {n[1] * n[2], n[2], n[2], 1}};
 }
 
 Masks masks_of(const OptionalTensors& optional, const Call& call) {
@@ -196,6 +229,10 @@ ForwardTensors forward_tensors(const Call& call, const Tensor& query, const Tens
   tensors.query = token_view(call.inputs.query, query, call.layout, call.shapes.dtype);
   tensors.key = token_view(call.inputs.key, key, call.layout, call.shapes.dtype);
   tensors.value = token_view(call.inputs.value, value, call.layout, call.shapes.dtype);
+  if (call.has_class_rows()) {
+    tensors.class_key = class_row_view("class_key", *optional.class_key, call);
+    tensors.class_value = class_row_view("class_value", *optional.class_value, call);
+  }
   tensors.masks = masks_of(optional, call);
   tensors.out = new_token_view(results.out, call.layout, call.out_dtype());
   tensors.lse = new_row_view(results.lse, call.rows_dtype());
@@ -223,15 +260,10 @@ std::tuple<Tensor, Tensor> forward_op(const Tensor& query, const Tensor& key, co
   return {std::move(results.out), std::move(results.lse)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_saving_op(
-    const Tensor& query, const Tensor& key, const Tensor& value,
-    const std::optional<Tensor>& key_mask, const std::optional<Tensor>& seqused,
-    const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& windows,
-    const std::optional<Tensor>& dropout_seed, const std::optional<Tensor>& scale_tensor,
-    std::optional<double> scale, std::optional<double> out_scale, double dropout_p,
-    const Ints& packed) {
-  const OptionalTensors optional{key_mask, seqused, cu_seqlens, windows, dropout_seed};
-  const CallOptions options = unpack(scale_of(scale_tensor, scale), out_scale, dropout_p, packed);
+using Saved = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Saved forward_saving(const Tensor& query, const Tensor& key, const Tensor& value,
+                     const OptionalTensors& optional, const CallOptions& options) {
   const Call call = make_call(options, query, key, value, optional, nullptr);
   const Shapes& shapes = call.shapes;
   const DType rows_dtype = call.rows_dtype();
@@ -255,17 +287,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_saving_op(
           std::move(branch_out), std::move(branch_lse)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_op(
-    const Tensor& dout_given, const std::optional<Tensor>& dlse, const Tensor& query,
-    const Tensor& key, const Tensor& value, const Tensor& out, const Tensor& lse,
-    const Tensor& lse_residual, const Tensor& branch_out, const Tensor& branch_lse,
-    const std::optional<Tensor>& key_mask, const std::optional<Tensor>& seqused,
-    const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& windows,
-    const std::optional<Tensor>& dropout_seed, const std::optional<Tensor>& scale_tensor,
-    std::optional<double> scale, std::optional<double> out_scale, double dropout_p,
-    const Ints& packed) {
-  const OptionalTensors optional{key_mask, seqused, cu_seqlens, windows, dropout_seed};
-  const CallOptions options = unpack(scale_of(scale_tensor, scale), out_scale, dropout_p, packed);
+Saved forward_saving_op(const Tensor& query, const Tensor& key, const Tensor& value,
+                        const std::optional<Tensor>& key_mask, const std::optional<Tensor>& seqused,
+                        const std::optional<Tensor>& cu_seqlens,
+                        const std::optional<Tensor>& windows,
+                        const std::optional<Tensor>& dropout_seed,
+                        const std::optional<Tensor>& scale_tensor, std::optional<double> scale,
+                        std::optional<double> out_scale, double dropout_p, const Ints& packed) {
+  return forward_saving(query, key, value, {key_mask, seqused, cu_seqlens, windows, dropout_seed},
+                        unpack(scale_of(scale_tensor, scale), out_scale, dropout_p, packed));
+}
+
+Saved forward_class_rows_op(const Tensor& query, const Tensor& key, const Tensor& value,
+                            const Tensor& class_key, const Tensor& class_value,
+                            const std::optional<Tensor>& seqused, const Tensor& windows,
+                            const std::optional<Tensor>& dropout_seed, std::optional<double> scale,
+                            std::optional<double> out_scale, double dropout_p, const Ints& packed) {
+  const std::optional<Tensor> none;
+  const std::optional<Tensor> given = windows;
+  return forward_saving(query, key, value,
+                        {none, seqused, none, given, dropout_seed, &class_key, &class_value},
+                        unpack(scale, out_scale, dropout_p, packed));
+}
+
+/// What forward_saving returned.
+struct SavedTensors {
+  const Tensor& out;
+  const Tensor& lse;
+  const Tensor& lse_residual;
+  const Tensor& branch_out;
+  const Tensor& branch_lse;
+};
+
+/// The last two are without elements unless keys come by class rows; dkey and dvalue are then
+/// without what other shards give, and not rounded.
+Saved backward(const Tensor& dout_given, const std::optional<Tensor>& dlse, const Tensor& query,
+               const Tensor& key, const Tensor& value, const SavedTensors& saved,
+               const OptionalTensors& optional, const CallOptions& options) {
+  const auto& [out, lse, lse_residual, branch_out, branch_lse] = saved;
   // Gradients may be expanded (out.sum()): only then a copy is made.
   const Tensor dout = dout_given.sizes().back() > 1 && dout_given.strides().back() != 1
                           ? torch::stable::contiguous(dout_given)
@@ -275,8 +334,14 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(
   const DType dtype = call.shapes.dtype;
   const DType rows_dtype = call.rows_dtype();
   Tensor dquery = new_empty(query, call.inputs.query.shape, dtype);
-  Tensor dkey = new_empty(key, call.inputs.key.shape, dtype);
-  Tensor dvalue = new_empty(value, call.inputs.value.shape, dtype);
+  const DType dkey_dtype = call.has_class_rows() ? rows_dtype : dtype;
+  Tensor dkey = new_empty(key, call.inputs.key.shape, dkey_dtype);
+  Tensor dvalue = new_empty(value, call.inputs.value.shape, dkey_dtype);
+  const std::int64_t class_rows = call.plan.class_row_count();
+  const std::vector<std::int64_t> class_shape = {call.shapes.batch, class_rows,
+                                                 call.shapes.head_dim};
+  Tensor dclass_key = new_empty(key, class_shape, rows_dtype);
+  Tensor dclass_value = new_empty(key, class_shape, rows_dtype);
 
   BackwardTensors tensors;
   tensors.dout = token_view(info_of("dout", dout), dout, layout, call.out_dtype());
@@ -295,13 +360,51 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(
   }
   tensors.masks = masks_of(optional, call);
   tensors.dquery = new_token_view(dquery, layout, dtype);
-  tensors.dkey = new_token_view(dkey, layout, dtype);
-  tensors.dvalue = new_token_view(dvalue, layout, dtype);
+  tensors.dkey = new_token_view(dkey, layout, dkey_dtype);
+  tensors.dvalue = new_token_view(dvalue, layout, dkey_dtype);
+  if (call.has_class_rows()) {
+    tensors.class_key = class_row_view("class_key", *optional.class_key, call);
+    tensors.class_value = class_row_view("class_value", *optional.class_value, call);
+    tensors.dclass_key = new_class_row_view(dclass_key, rows_dtype);
+    tensors.dclass_value = new_class_row_view(dclass_value, rows_dtype);
+  }
   const TorchContext context(call, Pass::kBackward, query);
   if (call.has_sequences()) {
-    backward(call.plan, tensors, context.context());
+    dilated::backward(call.plan, tensors, context.context());
   }
+  return {std::move(dquery), std::move(dkey), std::move(dvalue), std::move(dclass_key),
+          std::move(dclass_value)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_op(
+    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensor& out, const Tensor& lse, const Tensor& lse_residual,
+    const Tensor& branch_out, const Tensor& branch_lse, const std::optional<Tensor>& key_mask,
+    const std::optional<Tensor>& seqused, const std::optional<Tensor>& cu_seqlens,
+    const std::optional<Tensor>& windows, const std::optional<Tensor>& dropout_seed,
+    const std::optional<Tensor>& scale_tensor, std::optional<double> scale,
+    std::optional<double> out_scale, double dropout_p, const Ints& packed) {
+  auto [dquery, dkey, dvalue, none, nothing] =
+      backward(dout, dlse, query, key, value, {out, lse, lse_residual, branch_out, branch_lse},
+               {key_mask, seqused, cu_seqlens, windows, dropout_seed},
+               unpack(scale_of(scale_tensor, scale), out_scale, dropout_p, packed));
   return {std::move(dquery), std::move(dkey), std::move(dvalue)};
+}
+
+Saved backward_class_rows_op(const Tensor& dout, const std::optional<Tensor>& dlse,
+                             const Tensor& query, const Tensor& key, const Tensor& value,
+                             const Tensor& class_key, const Tensor& class_value, const Tensor& out,
+                             const Tensor& lse, const Tensor& lse_residual,
+                             const Tensor& branch_out, const Tensor& branch_lse,
+                             const std::optional<Tensor>& seqused, const Tensor& windows,
+                             const std::optional<Tensor>& dropout_seed, std::optional<double> scale,
+                             std::optional<double> out_scale, double dropout_p,
+                             const Ints& packed) {
+  const std::optional<Tensor> none;
+  const std::optional<Tensor> given = windows;
+  return backward(dout, dlse, query, key, value, {out, lse, lse_residual, branch_out, branch_lse},
+                  {none, seqused, none, given, dropout_seed, &class_key, &class_value},
+                  unpack(scale, out_scale, dropout_p, packed));
 }
 
 }  // namespace
@@ -316,12 +419,22 @@ void define_attention(Library& library) {
   library.def(("backward(Tensor dout, Tensor? dlse, " + inputs + saved + ", " + rest +
                ") -> (Tensor dquery, Tensor dkey, Tensor dvalue)")
                   .c_str());
+  const std::string shard = inputs + "Tensor class_key, Tensor class_value, ";
+  const std::string of_shard =
+      std::string("Tensor? seqused, Tensor windows, Tensor? dropout_seed, ") + kOptionsSchema;
+  library.def(("forward_class_rows(" + shard + of_shard + ") -> (" + saved + ")").c_str());
+  library.def(("backward_class_rows(Tensor dout, Tensor? dlse, " + shard + saved + ", " + of_shard +
+               ") -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dclass_key, Tensor "
+               "dclass_value)")
+                  .c_str());
 }
 
 void implement_attention(Library& library) {
   library.impl("forward", TORCH_BOX(&Typed<&forward_op>::call));
   library.impl("forward_saving", TORCH_BOX(&Typed<&forward_saving_op>::call));
   library.impl("backward", TORCH_BOX(&Typed<&backward_op>::call));
+  library.impl("forward_class_rows", TORCH_BOX(&Typed<&forward_class_rows_op>::call));
+  library.impl("backward_class_rows", TORCH_BOX(&Typed<&backward_class_rows_op>::call));
 }
 
 }  // namespace dilated::binding

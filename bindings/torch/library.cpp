@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY(dilated, library) {
   define_attention(library);
   define_merge(library);
   define_queries(library);
+  define_exchange(library);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dilated, CPU, library) { implement_kernels(library); }
@@ -23,6 +24,7 @@ STABLE_TORCH_LIBRARY_IMPL(dilated, CUDA, library) { implement_kernels(library); 
 
 STABLE_TORCH_LIBRARY_IMPL(dilated, CompositeExplicitAutograd, library) {
   implement_queries(library);
+  implement_exchange(library);
 }
 
 }  // namespace dilated::binding

@@ -39,13 +39,17 @@ struct ForwardTensors {
   // -inf in rows that no position uses.
   TensorView branch_out = {};  // (batch, num_heads, plan.branch_rows(), head_dim), dtype of lse
   TensorView branch_lse = {};  // (batch, num_heads, plan.branch_rows(), 2): l_b and its residual
+  // (batch, plan.class_row_count(), 1, head_dim), with KeyLayout::kClassRows only
+  ConstTensorView class_key = {};
+  ConstTensorView class_value = {};
 };
 
 struct BackwardTensors {
   ConstTensorView dout;  // like query, or float32
   ConstRowView dlse;     // like lse; undefined = zero
   ConstTensorView query, key, value;
-  ConstTensorView out;  // as forward wrote it
+  ConstTensorView class_key, class_value;  // with KeyLayout::kClassRows only
+  ConstTensorView out;                     // as forward wrote it
   ConstRowView lse;
   // Undefined: probabilities are as exact as lse, off by up to 1e-7 |score|.
   ConstRowView lse_residual;
@@ -53,6 +57,10 @@ struct BackwardTensors {
   ConstTensorView branch_lse;
   Masks masks;
   TensorView dquery, dkey, dvalue;  // like query, key, value, or float32
+  // Like class_key, float32 (float64 for float64 inputs): what this shard's queries give to the
+  // keys of partial segments. dkey and dvalue are without them.
+  TensorView dclass_key = {};
+  TensorView dclass_value = {};
 };
 
 /// Where a call runs: its threads (CPU) or stream (CUDA), and scratch memory of

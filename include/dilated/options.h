@@ -49,6 +49,7 @@ struct Shapes {
   std::int64_t head_dim = 0;
   std::vector<std::int64_t> cu_seqlens = {};
   std::vector<Window> windows = {};
+  KeyLayout key_layout = KeyLayout::kPositions;
   bool has_key_mask = false;
   bool has_seqused = false;
 };

@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "dilated/class_rows.h"
 #include "dilated/decision.h"
 #include "dilated/problem.h"
 
@@ -60,6 +61,14 @@ class Plan {
   /// geometry.slot(t, i) - geometry.first_slot(queries.begin) rows further on.
   std::int64_t branch_row_begin(std::size_t branch, std::size_t sequence) const;
 
+  /// Class rows of every branch; empty unless the problem's keys come by class rows.
+  const std::vector<ClassRows>& class_rows() const { return class_rows_; }
+  /// Rows of `class_key` and `class_value`.
+  std::int64_t class_row_count() const { return class_row_count_; }
+  /// The class rows of one segment; null if its keys lie in `key` and `value`.
+  const PartialSegment* partial_segment(std::size_t branch, std::size_t sequence,
+                                        std::int64_t segment) const;
+
   /// Bytes of scratch memory that forward or backward uses.
   std::int64_t workspace_bytes(Pass pass) const { return decision_->workspace_bytes(pass); }
 
@@ -78,6 +87,8 @@ class Plan {
   bool needs_branch_outputs_ = false;
   std::int64_t branch_rows_ = 0;
   std::vector<std::int64_t> branch_row_begin_;  // (branches, sequences)
+  std::vector<ClassRows> class_rows_;
+  std::int64_t class_row_count_ = 0;
 };
 
 /// Validates and decides. `backend` forces a back end by name; empty: the environment variable

@@ -18,8 +18,18 @@ enum class Merge { kLse, kSum, kMean };
 /// What lies beyond the end of the last segment: nothing, or zero keys with zero values.
 enum class Tail { kMask, kPhantom };
 
+/// Where the keys of a call lie.
+enum class KeyLayout {
+  kPositions,  // key and value hold the windows' keys
+  // Query and key windows are one shard of the sequence; key and value hold its keys. The keys of
+  // segments that it holds only in part come as class rows (class_rows.h), those of other shards
+  // included: every query sees all its keys.
+  kClassRows,
+};
+
 std::string_view name_of(Merge merge);
 std::string_view name_of(Tail tail);
+std::string_view name_of(KeyLayout layout);
 
 /// One (segment, dilation) pair. `offsets[h]` is the residue that query head h keeps; with -1 it
 /// takes no part in the branch.
@@ -81,6 +91,7 @@ struct Problem {
   // Empty: every sequence is whole. Else one window per sequence: tensors hold these rows only.
   // Everything keeps its meaning in positions of the sequence (semantics §3).
   std::vector<Window> windows = {};
+  KeyLayout key_layout = KeyLayout::kPositions;
   bool has_key_mask = false;
   bool has_seqused = false;
 

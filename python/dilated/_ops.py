@@ -45,6 +45,9 @@ for _name in (
     "count_pairs",
     "attention_pattern",
     "offsets",
+    "exchange_runs",
+    "exchange_numbers",
+    "print_exchange",
 ):
     implementations.impl(_name, torch.library.fallthrough_kernel, "Python")
     implementations.impl(_name, torch.library.fallthrough_kernel, "PythonTLSSnapshot")

@@ -15,7 +15,7 @@ from ._options import DTYPES, LAYOUTS, Options
 from .errors import Unsupported, message
 
 
-def _cast(device: str, arguments: tuple[Any, ...]) -> list[Tensor]:
+def autocast_inputs(device: str, arguments: tuple[Any, ...]) -> list[Tensor]:
     """Query, key and value as autocast has them for matrix products: of its dtype, but for float64.
 
     Where no back end runs that dtype they stay as they are, or take the dtype they promote to.
@@ -41,7 +41,7 @@ def _autocast(device: str) -> Callable[..., Any]:
 
     def forward(*arguments: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(key):
-            return _ops.forward_op(*_cast(device, arguments), *arguments[3:])
+            return _ops.forward_op(*autocast_inputs(device, arguments), *arguments[3:])
 
     return forward
 

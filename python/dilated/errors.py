@@ -23,6 +23,22 @@ class Unsupported(NotImplementedError):
     """A legal request that no back end (or not the forced one) can run; the message says why."""
 
 
+class DistributedAttentionError(RuntimeError):
+    """Other ranks did not answer: the message names the operation and the ranks.
+
+    Nothing was computed. The groups refuse further calls: start the job again.
+
+    Attributes:
+        operation: What was exchanged.
+        ranks: Ranks in the group that did not answer in time.
+    """
+
+    def __init__(self, text: str, operation: str, ranks: tuple[int, ...]) -> None:
+        super().__init__(text)
+        self.operation = operation
+        self.ranks = ranks
+
+
 def message(
     argument: str, expected: str, got: str, hint: str = "", op: str = "dilated_attention"
 ) -> str:

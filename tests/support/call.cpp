@@ -133,6 +133,7 @@ Results run(const Problem& problem, const Inputs& inputs, const RunOptions& opti
 Results run(const Plan& plan, const Inputs& inputs, const RunOptions& options) {
   const Problem& problem = plan.problem();
   const DType rows = lse_dtype(problem.dtype);
+  const bool class_rows = problem.key_layout == KeyLayout::kClassRows;
   const auto like = [&](const Tensor& tensor) {
     return Tensor(options.unrounded ? rows : problem.dtype, tensor.shape(), options.layout);
   };
@@ -153,6 +154,10 @@ Results run(const Plan& plan, const Inputs& inputs, const RunOptions& options) {
                            lse_residual.rows(),
                            {},
                            {}};
+    if (class_rows) {
+      tensors.class_key = inputs.class_key.view();
+      tensors.class_value = inputs.class_value.view();
+    }
     if (plan.needs_branch_outputs()) {
       tensors.branch_out = branch_out.view();
       tensors.branch_lse = branch_lse.view();
@@ -175,6 +180,14 @@ Results run(const Plan& plan, const Inputs& inputs, const RunOptions& options) {
   if (plan.needs_branch_outputs()) {
     tensors.branch_out = std::as_const(branch_out).view();
     tensors.branch_lse = std::as_const(branch_lse).view();
+  }
+  if (class_rows) {
+    results.dclass_key = Tensor(rows, inputs.class_key.shape());
+    results.dclass_value = Tensor(rows, inputs.class_key.shape());
+    tensors.class_key = inputs.class_key.view();
+    tensors.class_value = inputs.class_value.view();
+    tensors.dclass_key = results.dclass_key.view();
+    tensors.dclass_value = results.dclass_value.view();
   }
   tensors.masks = inputs.masks(problem);
   tensors.dquery = results.dquery.view();

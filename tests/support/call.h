@@ -24,6 +24,7 @@ struct Inputs {
   std::vector<std::uint8_t> key_mask;  // (batch, seqlen), empty if the problem has none
   std::vector<std::int64_t> seqused;
   std::array<std::int64_t, 2> dropout_state{};  // seed, offset
+  Tensor class_key = {}, class_value = {};      // with KeyLayout::kClassRows
 
   /// The same values in float64.
   Inputs in_float64() const;
@@ -43,6 +44,7 @@ Inputs make_inputs(const Problem& problem, const InputOptions& options = {});
 
 struct Results {
   Tensor out, lse, dquery, dkey, dvalue;
+  Tensor dclass_key = {}, dclass_value = {};
 };
 
 struct RunOptions {

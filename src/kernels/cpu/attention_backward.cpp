@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "src/branches.h"
+#include "src/class_rows.h"
 #include "src/geometry.h"
 #include "src/hand_out.h"
 #include "src/kernels/cpu/addressing.h"
@@ -85,7 +86,9 @@ class BackwardSegment {
         continue;
       }
       query_span_ = geometry_.span(segment_, offset_, sequence_.queries, sequence_.query_row);
-      key_span_ = geometry_.span(segment_, offset_, sequence_.keys, sequence_.key_row);
+      key_rows_ =
+          key_rows(plan_, branch_, sequence_index_, sequence_, geometry_, segment_, offset_, head_);
+      key_span_ = key_rows_.span;
       if (problem_.is_causal) {  // earlier queries see none of the keys
         query_span_.first = std::max(query_span_.first, key_span_.first);
       }
@@ -98,6 +101,19 @@ class BackwardSegment {
  private:
   std::int64_t position(std::int64_t row) const {
     return geometry_.position(segment_, offset_, row);
+  }
+
+  const ConstTensorView& keys() const {
+    return key_rows_.are_class_rows ? tensors_.class_key : tensors_.key;
+  }
+  const ConstTensorView& values() const {
+    return key_rows_.are_class_rows ? tensors_.class_value : tensors_.value;
+  }
+  const TensorView& dkeys() const {
+    return key_rows_.are_class_rows ? tensors_.dclass_key : gradients_.dkey();
+  }
+  const TensorView& dvalues() const {
+    return key_rows_.are_class_rows ? tensors_.dclass_value : gradients_.dvalue();
   }
 
   /// Query rows [first, last) against all keys of the segment.
@@ -115,10 +131,10 @@ class BackwardSegment {
       const std::int64_t next = std::min(k + kTileLanes, end);
       const std::int64_t after_next = std::min(next + kTileLanes, end);
       upcoming_.clear();
-      expect(gradients_.dkey(), kv_head_, k, next);
-      expect(gradients_.dvalue(), kv_head_, k, next);
-      expect(tensors_.key, kv_head_, next, after_next);
-      expect(tensors_.value, kv_head_, next, after_next);
+      expect(dkeys(), k, next);
+      expect(dvalues(), k, next);
+      expect(keys(), next, after_next);
+      expect(values(), next, after_next);
       upcoming_.spread(kBlocksPerTile * ceil_div(last - first, kBackwardRows));
       for (std::int64_t i = first; i < last; i += kBackwardRows) {
         const std::int64_t tile_last = std::min(i + kBackwardRows, last);
@@ -211,7 +227,7 @@ class BackwardSegment {
         continue;
       }
       load_key(i, packed);
-      load_row(problem_.dtype, cpu::row_at(tensors_.value, sequence_.batch, at, kv_head_),
+      load_row(problem_.dtype, cpu::row_at(values(), sequence_.batch, at, key_rows_.head),
                head_dim_, out_scale_, scratch_.rows + packed * padded_, padded_);
       scratch_.key_row[packed++] = i;
     }
@@ -228,16 +244,16 @@ class BackwardSegment {
   /// Row `row` of the class as packed key `slot`.
   void load_key(std::int64_t row, std::size_t slot) const {
     load_row(problem_.dtype,
-             cpu::row_at(tensors_.key, sequence_.batch, key_span_.row(row), kv_head_), head_dim_,
+             cpu::row_at(keys(), sequence_.batch, key_span_.row(row), key_rows_.head), head_dim_,
              1.0f, key_row(slot), padded_);
   }
 
   /// Adds rows [first, last) of the keys to the rows to prefetch.
   template <typename View>
-  void expect(const View& view, std::int64_t head, std::int64_t first, std::int64_t last) {
+  void expect(const View& view, std::int64_t first, std::int64_t last) {
     if (first < last) {
       const std::int64_t size = size_of(view.dtype);
-      upcoming_.add(cpu::row_at(view, sequence_.batch, key_span_.row(first), head),
+      upcoming_.add(cpu::row_at(view, sequence_.batch, key_span_.row(first), key_rows_.head),
                     key_span_.step * view.strides[1] * size, last - first,
                     head_dim_ * static_cast<std::size_t>(size));
     }
@@ -395,12 +411,12 @@ class BackwardSegment {
     transpose(scratch_.dkey_columns, kTileLanes, head_dim_, keys, scratch_.rows, padded_);
     for (std::size_t k = 0; k < keys; ++k) {
       add_row(scratch_.rows + k * padded_, scale, head_dim_,
-              gradient_row(gradients_.dkey(), key_span_.row(scratch_.key_row[k]), kv_head_));
+              gradient_row(dkeys(), key_span_.row(scratch_.key_row[k]), key_rows_.head));
     }
     transpose(scratch_.dvalue_columns, kTileLanes, head_dim_, keys, scratch_.rows, padded_);
     for (std::size_t k = 0; k < keys; ++k) {
       add_row(scratch_.rows + k * padded_, out_scale_, head_dim_,
-              gradient_row(gradients_.dvalue(), key_span_.row(scratch_.key_row[k]), kv_head_));
+              gradient_row(dvalues(), key_span_.row(scratch_.key_row[k]), key_rows_.head));
     }
   }
 
@@ -418,6 +434,7 @@ class BackwardSegment {
   std::int64_t head_ = 0;
   std::int64_t offset_ = 0;
   RowSpan query_span_{};
+  KeyRows key_rows_{};
   RowSpan key_span_{};
   std::int64_t segment_;
   BranchGeometry geometry_;

@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "src/branches.h"
+#include "src/class_rows.h"
 #include "src/geometry.h"
 #include "src/hand_out.h"
 #include "src/kernels/cpu/addressing.h"
@@ -46,7 +47,8 @@ struct Piece {
   std::int64_t segment;
   std::int64_t offset;
   RowSpan queries;
-  RowSpan keys;
+  KeyRows rows;  // where the keys lie
+  RowSpan keys;  // rows.span
 
   std::int64_t position(std::int64_t row) const { return geometry.position(segment, offset, row); }
 };
@@ -73,7 +75,6 @@ class ForwardBlock {
         whole_(plan.sequences()[item.sequence]),
         sequence_(used_sequence(plan, tensors.masks, item.sequence)),
         head_(item.head),
-        kv_head_(item.head / problem_.heads_per_kv_head()),
         block_{whole_.queries.begin + item.part * decision_.forward_block,
                std::min(whole_.queries.begin + (item.part + 1) * decision_.forward_block,
                         whole_.queries.end)},
@@ -118,6 +119,12 @@ class ForwardBlock {
   std::int64_t row_of(std::int64_t p) const {
     return sequence_.query_row + p - sequence_.queries.begin;
   }
+  const ConstTensorView& keys_of(const Piece& piece) const {
+    return piece.rows.are_class_rows ? tensors_.class_key : tensors_.key;
+  }
+  const ConstTensorView& values_of(const Piece& piece) const {
+    return piece.rows.are_class_rows ? tensors_.class_value : tensors_.value;
+  }
   float* query_tile(std::int64_t tile) const {
     return scratch_.query + tile * kTileLanes * problem_.head_dim;
   }
@@ -142,17 +149,13 @@ class ForwardBlock {
         queries.first = std::max(queries.first, row);
         if (!queries.empty()) {
           queries.last = std::min(queries.last, queries.first + decision_.forward_chunk);
-          return {rank,
-                  branch,
-                  geometry,
-                  segment,
-                  offset,
-                  queries,
-                  geometry.span(segment, offset, sequence_.keys, sequence_.key_row)};
+          const KeyRows rows =
+              key_rows(plan_, branch, sequence_index_, sequence_, geometry, segment, offset, head_);
+          return {rank, branch, geometry, segment, offset, queries, rows, rows.span};
         }
       }
     }
-    return {order.size(), 0, geometry_of(0), 0, 0, {}, {}};
+    return {order.size(), 0, geometry_of(0), 0, 0, {}, {}, {}};
   }
 
   /// Adds rows [first, last) of a span to the rows to prefetch.
@@ -177,15 +180,15 @@ class ForwardBlock {
     upcoming_.clear();
     if (next_key < end_of_keys(piece)) {
       const std::int64_t end = std::min(next_key + kForwardKeys, end_of_keys(piece));
-      expect(tensors_.key, kv_head_, piece.keys, next_key, end);
-      expect(tensors_.value, kv_head_, piece.keys, next_key, end);
+      expect(keys_of(piece), piece.rows.head, piece.keys, next_key, end);
+      expect(values_of(piece), piece.rows.head, piece.keys, next_key, end);
     } else if (next_piece != nullptr) {
       const RowSpan& queries = next_piece->queries;
       const RowSpan& keys = next_piece->keys;
       const std::int64_t end = std::min(keys.first + kForwardKeys, end_of_keys(*next_piece));
       expect(tensors_.query, head_, queries, queries.first, queries.last);
-      expect(tensors_.key, kv_head_, keys, keys.first, end);
-      expect(tensors_.value, kv_head_, keys, keys.first, end);
+      expect(keys_of(*next_piece), next_piece->rows.head, keys, keys.first, end);
+      expect(values_of(*next_piece), next_piece->rows.head, keys, keys.first, end);
     }
     constexpr std::int64_t kBlocksPerTile =
         kForwardKeys / static_cast<std::int64_t>(block_rows(kPanelVectors));
@@ -200,7 +203,7 @@ class ForwardBlock {
     }
     const std::int64_t end = end_of_keys(piece);
     for (std::int64_t k = piece.keys.first; k < end; k += kForwardKeys) {
-      const std::int64_t packed = pack_keys(piece.keys, k, std::min(k + kForwardKeys, end));
+      const std::int64_t packed = pack_keys(piece, k, std::min(k + kForwardKeys, end));
       if (packed == 0) {
         continue;
       }
@@ -242,17 +245,19 @@ class ForwardBlock {
 
   /// Keys [first, last) of a class that take part; masked ones are left out, not multiplied by
   /// zero.
-  std::int64_t pack_keys(const RowSpan& span, std::int64_t first, std::int64_t last) {
+  std::int64_t pack_keys(const Piece& piece, std::int64_t first, std::int64_t last) {
+    const ConstTensorView& key = keys_of(piece);
+    const ConstTensorView& value = values_of(piece);
     std::size_t packed = 0;
     for (std::int64_t i = first; i < last; ++i) {
-      const std::int64_t at = span.row(i);
+      const std::int64_t at = piece.keys.row(i);
       if (!keys_(at)) {
         continue;
       }
-      load_row(problem_.dtype, cpu::row_at(tensors_.key, sequence_.batch, at, kv_head_), head_dim_,
+      load_row(problem_.dtype, cpu::row_at(key, sequence_.batch, at, piece.rows.head), head_dim_,
                1.0f, scratch_.key + packed * head_dim_, head_dim_);
-      load_row(problem_.dtype, cpu::row_at(tensors_.value, sequence_.batch, at, kv_head_),
-               head_dim_, 1.0f, scratch_.value + packed * head_dim_, head_dim_);
+      load_row(problem_.dtype, cpu::row_at(value, sequence_.batch, at, piece.rows.head), head_dim_,
+               1.0f, scratch_.value + packed * head_dim_, head_dim_);
       scratch_.key_row[packed++] = i;
     }
     return static_cast<std::int64_t>(packed);
@@ -312,8 +317,8 @@ class ForwardBlock {
     add_values();
     for (const std::size_t k : apart) {
       load_row(problem_.dtype,
-               cpu::row_at(tensors_.value, sequence_.batch, piece.keys.row(scratch_.key_row[k]),
-                           kv_head_),
+               cpu::row_at(values_of(piece), sequence_.batch, piece.keys.row(scratch_.key_row[k]),
+                           piece.rows.head),
                head_dim_, 1.0f, value(k), head_dim_);
       for (std::int64_t i = std::max<std::int64_t>(scratch_.key_row[k] - tile.first, 0);
            i < tile.rows; ++i) {
@@ -330,7 +335,7 @@ class ForwardBlock {
     const BranchGeometry& geometry = piece.geometry;
     const bool phantom = problem_.tail == Tail::kPhantom && !problem_.is_causal;
     const std::int64_t phantoms =
-        phantom ? geometry.phantoms(piece.segment, piece.offset, sequence_.keys) : 0;
+        phantom ? geometry.phantoms(piece.segment, piece.offset, piece.rows.window) : 0;
     const float* const row_max = scratch_.row_max + tile.index * kTileLanes;
     const float* const row_sum = scratch_.row_sum + tile.index * kTileLanes;
     transpose(sums_tile(tile.index), kTileLanes, head_dim_, static_cast<std::size_t>(tile.rows),
@@ -411,7 +416,6 @@ class ForwardBlock {
   const Sequence& whole_;
   Sequence sequence_;  // as far as it is used
   std::int64_t head_;
-  std::int64_t kv_head_;
   Range block_;  // positions of this work item
   Range used_;   // those of them that exist
   std::size_t head_dim_;

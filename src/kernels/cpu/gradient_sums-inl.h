@@ -23,14 +23,15 @@
 HWY_BEFORE_NAMESPACE();
 namespace dilated::HWY_NAMESPACE {
 
-/// The three gradients. Each is summed in float32: in the caller's tensor where that is float32,
-/// else in scratch memory, and rounded once at the end.
+/// The three gradients, and those of class rows. Each is summed in float32: in the caller's tensor
+/// where that is float32, else in scratch memory, and rounded once at the end.
 class GradientSums {
  public:
   /// Scratch memory starts at `memory`.
   GradientSums(const BackwardTensors& tensors, std::byte* memory)
       : all_{Gradient::of(tensors.dquery, memory), Gradient::of(tensors.dkey, memory),
-             Gradient::of(tensors.dvalue, memory)} {}
+             Gradient::of(tensors.dvalue, memory), Gradient::of(tensors.dclass_key, memory),
+             Gradient::of(tensors.dclass_value, memory)} {}
 
   const TensorView& dquery() const { return all_[0].sums; }
   const TensorView& dkey() const { return all_[1].sums; }
@@ -87,7 +88,7 @@ class GradientSums {
     std::int64_t tokens() const { return result.shape[0] * result.shape[1]; }
   };
 
-  /// Calls `body(gradient, batch, token)` for every token of the three gradients.
+  /// Calls `body(gradient, batch, token)` for every token of all gradients.
   template <typename Body>
   void for_each_token(const ParallelFor& threads, const Body& body) const {
     std::int64_t total = 0;
@@ -107,7 +108,7 @@ class GradientSums {
     });
   }
 
-  std::array<Gradient, 3> all_;
+  std::array<Gradient, 5> all_;
 };
 
 }  // namespace dilated::HWY_NAMESPACE

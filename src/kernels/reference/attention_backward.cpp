@@ -2,6 +2,7 @@
 //   dS = p (dO_b.v - dO_b.O_b + dl_b),  dv += p dO_b,  dq += scale dS k,  dk += scale dS q
 // with dO_b = w_b g and dl_b = [w_b (D_b - D), exact lse only] + e^(l_b - L) dL.
 #include <algorithm>
+#include <type_traits>
 
 #include "src/hand_out.h"
 #include "src/kernels/reference/attention.h"
@@ -18,9 +19,9 @@ struct HeadGradients {
 };
 
 template <typename Element>
-void add_row(const Plan& plan, const BackwardTensors& tensors, std::size_t sequence_index,
-             std::int64_t head, std::int64_t kv_head, std::int64_t position, const Row& row,
-             const HeadGradients& gradients) {
+void add_row(const Plan& plan, const BackwardTensors& tensors,
+             const Definition<Element>& definition, std::size_t sequence_index, std::int64_t head,
+             std::int64_t position, const Row& row, const HeadGradients& gradients) {
   const Problem& problem = plan.problem();
   const Sequence& sequence = plan.sequences()[sequence_index];
   const std::int64_t d = problem.head_dim;
@@ -56,22 +57,39 @@ void add_row(const Plan& plan, const BackwardTensors& tensors, std::size_t seque
       dlse_b += terms.weight * (branch_delta - merged);
     }
     for (const Term& term : terms.terms) {
-      const Element* k = row_at<Element>(tensors.key, sequence.batch, term.row, kv_head);
-      const Element* v = row_at<Element>(tensors.value, sequence.batch, term.row, kv_head);
+      const Element* k = definition.key(sequence, terms.keys, term.row);
+      const Element* v = definition.value(sequence, terms.keys, term.row);
       const double dscore =
           plan.scale() * (term.dropped * terms.weight * dot_upstream(v) -
                           term.probability * (terms.weight * branch_delta - dlse_b));
-      double* dk = gradients.dkey + (term.row - sequence.key_row) * d;
-      double* dv = gradients.dvalue + (term.row - sequence.key_row) * d;
-      for (std::int64_t c = 0; c < d; ++c) {
-        dq[static_cast<std::size_t>(c)] += dscore * static_cast<double>(k[c]);
-        dk[c] += dscore * static_cast<double>(q[c]);
-        dv[c] += term.dropped * terms.weight * upstream(c);
+      const auto add_to = [&](auto* dk, auto* dv) {
+        using Sum = std::remove_pointer_t<decltype(dk)>;
+        for (std::int64_t c = 0; c < d; ++c) {
+          dq[static_cast<std::size_t>(c)] += dscore * static_cast<double>(k[c]);
+          dk[c] += static_cast<Sum>(dscore * static_cast<double>(q[c]));
+          dv[c] += static_cast<Sum>(term.dropped * terms.weight * upstream(c));
+        }
+      };
+      if (terms.keys.are_class_rows) {
+        add_to(row_at<Element>(tensors.dclass_key, sequence.batch, term.row, 0),
+               row_at<Element>(tensors.dclass_value, sequence.batch, term.row, 0));
+      } else {
+        add_to(gradients.dkey + (term.row - sequence.key_row) * d,
+               gradients.dvalue + (term.row - sequence.key_row) * d);
       }
     }
   }
   for (std::int64_t c = 0; c < d; ++c) {
     dquery[c] = static_cast<Element>(dq[static_cast<std::size_t>(c)]);
+  }
+}
+
+template <typename Element>
+void clear(const TensorView& view, Element zero) {
+  for (std::int64_t b = 0; view.defined() && b < view.shape[0]; ++b) {
+    for (std::int64_t row = 0; row < view.shape[1]; ++row) {
+      std::fill_n(row_at<Element>(view, b, row, 0), view.shape[3], zero);
+    }
   }
 }
 
@@ -91,8 +109,9 @@ void attention_backward(const Plan& plan, const BackwardTensors& tensors, const 
   const std::int64_t group = problem.num_kv_heads > 0 ? problem.heads_per_kv_head() : 0;
   const std::int64_t d = problem.head_dim;
   with_element(problem.dtype, [&]<typename Element>() {
-    const Definition<Element> definition(plan, tensors.query, tensors.key, tensors.value,
-                                         tensors.masks);
+    const Definition<Element> definition(plan, tensors);
+    clear(tensors.dclass_key, Element(0));
+    clear(tensors.dclass_value, Element(0));
     const auto one_head = [&](std::size_t s, std::int64_t kv_head, double* scratch) {
       const Sequence& sequence = plan.sequences()[s];
       const std::int64_t keys = sequence.keys.size();
@@ -101,7 +120,7 @@ void attention_backward(const Plan& plan, const BackwardTensors& tensors, const 
       std::fill_n(scratch, 2 * keys * d, 0.0);
       for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
         for (std::int64_t p = sequence.queries.begin; p < sequence.queries.end; ++p) {
-          add_row<Element>(plan, tensors, s, head, kv_head,
+          add_row<Element>(plan, tensors, definition, s, head,
                            sequence.query_row + p - sequence.queries.begin,
                            p < used_end ? definition.row(s, head, p) : Row{}, gradients);
         }

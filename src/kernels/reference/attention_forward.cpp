@@ -10,10 +10,7 @@ template <typename Element>
 class Forward {
  public:
   Forward(const Plan& plan, const ForwardTensors& tensors)
-      : plan_(plan),
-        problem_(plan.problem()),
-        tensors_(tensors),
-        definition_(plan, tensors.query, tensors.key, tensors.value, tensors.masks) {}
+      : plan_(plan), problem_(plan.problem()), tensors_(tensors), definition_(plan, tensors) {}
 
   /// Row `at` of the query tensor's part that belongs to one sequence.
   void write(std::size_t sequence_index, std::int64_t head, std::int64_t at) const {

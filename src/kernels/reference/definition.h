@@ -3,6 +3,7 @@
 // around `Row`.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <span>
@@ -10,6 +11,7 @@
 
 #include "dilated/attention.h"
 
+#include "src/class_rows.h"
 #include "src/geometry.h"
 #include "src/masks.h"
 #include "src/merge.h"
@@ -57,6 +59,7 @@ struct Term {
 struct BranchTerms {
   std::size_t branch;
   double lse;               // l_b
+  KeyRows keys;             // where they lie
   std::vector<Term> terms;  // K_b(p)
   std::vector<double> out;  // O_b, after dropout
   double weight;            // of O_b in O / out_scale
@@ -72,12 +75,19 @@ struct Row {
 template <typename Element>
 class Definition {
  public:
-  Definition(const Plan& plan, const ConstTensorView& query, const ConstTensorView& key,
-             const ConstTensorView& value, const Masks& masks)
-      : plan_(plan), query_(query), key_(key), value_(value), masks_(masks) {}
+  template <typename Tensors>
+  Definition(const Plan& plan, const Tensors& tensors)
+      : plan_(plan),
+        query_(tensors.query),
+        key_{tensors.key, tensors.class_key},
+        value_{tensors.value, tensors.class_value},
+        masks_(tensors.masks) {}
 
-  std::int64_t kv_head(std::int64_t head) const {
-    return head / plan_.problem().heads_per_kv_head();
+  const Element* key(const Sequence& sequence, const KeyRows& rows, std::int64_t row) const {
+    return row_at<Element>(key_[rows.are_class_rows], sequence.batch, row, rows.head);
+  }
+  const Element* value(const Sequence& sequence, const KeyRows& rows, std::int64_t row) const {
+    return row_at<Element>(value_[rows.are_class_rows], sequence.batch, row, rows.head);
   }
 
   /// The sequence as far as it is used.
@@ -122,23 +132,25 @@ class Definition {
     const std::int64_t segment = p / geometry.segment;
     const Element* q = row_at<Element>(query_, sequence.batch,
                                        sequence.query_row + p - sequence.queries.begin, head);
-    BranchTerms result{b, kAbsentLse<double>, {}, {}, 0.0};
+    const KeyRows rows =
+        key_rows(plan_, b, sequence_index, sequence, geometry, segment, offset, head);
+    BranchTerms result{b, kAbsentLse<double>, rows, {}, {}, 0.0};
 
     double top = kAbsentLse<double>;
-    const RowSpan keys = geometry.span(segment, offset, sequence.keys, sequence.key_row);
+    const RowSpan& keys = rows.span;
     const KeyFilter takes_part(masks_, sequence.batch);
     for (std::int64_t i = keys.first; i < keys.last; ++i) {
       const std::int64_t j = geometry.position(segment, offset, i);
       if ((problem.is_causal && j > p) || !takes_part(keys.row(i))) {
         continue;
       }
-      const Element* k = row_at<Element>(key_, sequence.batch, keys.row(i), kv_head(head));
+      const Element* k = key(sequence, rows, keys.row(i));
       const double score = plan_.scale() * dot(q, k, problem.head_dim);
       result.terms.push_back({j, keys.row(i), score, 0.0});
       top = std::max(top, score);
     }
     const std::int64_t phantoms = problem.tail == Tail::kPhantom && !problem.is_causal
-                                      ? geometry.phantoms(segment, offset, sequence.keys)
+                                      ? geometry.phantoms(segment, offset, rows.window)
                                       : 0;
     if (phantoms > 0) {
       top = std::max(top, 0.0);
@@ -160,7 +172,7 @@ class Definition {
       if (problem.dropout_p > 0.0) {
         term.dropped *= dropout_of(problem, masks_, sequence_index, head, b)(p, term.position);
       }
-      const Element* v = row_at<Element>(value_, sequence.batch, term.row, kv_head(head));
+      const Element* v = value(sequence, rows, term.row);
       for (std::size_t c = 0; c < result.out.size(); ++c) {
         result.out[c] += term.dropped * static_cast<double>(v[c]);
       }
@@ -170,8 +182,8 @@ class Definition {
 
   const Plan& plan_;
   const ConstTensorView& query_;
-  const ConstTensorView& key_;
-  const ConstTensorView& value_;
+  std::array<ConstTensorView, 2> key_;  // by position, class rows
+  std::array<ConstTensorView, 2> value_;
   const Masks& masks_;
 };
 

@@ -1,0 +1,10 @@
+"""One sequence over many ranks: exact dilated attention on contiguous shards.
+
+out = dilated.distributed.dilated_attention(q, k, v, groups=groups, segments=[...], dilations=[...])
+"""
+
+from ..errors import DistributedAttentionError
+from ._attention import dilated_attention
+from ._groups import SequenceGroups
+
+__all__ = ["DistributedAttentionError", "SequenceGroups", "dilated_attention"]

@@ -1,0 +1,149 @@
+"""One rank of test_sequence.py.
+
+python sequence_worker.py SCENARIO FOLDER RANK WORLD_SIZE
+    cases       every case of sequence_cases.py, and the bytes that calls send
+    mismatches  calls that differ between ranks
+    killed, stopped, late, raising
+                the last rank fails in the second call
+Rank r writes FOLDER/SCENARIO-WORLD_SIZE-r.pt.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sequence_cases import cases
+from torch import Tensor
+
+from dilated.distributed import SequenceGroups, dilated_attention
+
+TIMEOUT = 3.0
+Attention = Callable[..., Any]
+
+
+def small_call(groups: SequenceGroups, x: Tensor, **changed: Any) -> Any:
+    lists = {"segments": [8, 40], "dilations": [1, 2]}
+    return dilated_attention(*x, sequence_groups=groups, **{**lists, **changed})
+
+
+def run_cases(groups: SequenceGroups) -> list[dict[str, Tensor]]:
+    results = []
+    for number, sharded in enumerate(cases(groups.size)):
+        begin = sum(sharded.shards[: groups.rank])
+        rows = sharded.shards[groups.rank]
+        shards = sharded.shards if number % 2 else None
+        attention = partial(dilated_attention, sequence_groups=groups, shards=shards)
+        results.append(sharded.run(attention, lambda x, dim: x.narrow(dim, begin, rows)))
+    return results
+
+
+def bytes_sent(groups: SequenceGroups, **call: Any) -> list[int]:
+    """Sizes of the messages of forward and backward of one call."""
+    sizes = []
+    isend = dist.isend
+
+    def counting(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        sizes.append(tensor.nbytes)
+        return isend(tensor, *arguments, **options)
+
+    x = torch.randn(3, 1, 96, 4, 8, requires_grad=True)
+    dist.isend = counting
+    try:
+        out = dilated_attention(*x, sequence_groups=groups, **call)
+        out.sum().backward()
+    finally:
+        dist.isend = isend
+    return sizes
+
+
+def volumes(groups: SequenceGroups) -> dict[str, list[int]]:
+    local = {"segments": [32, 96], "dilations": [1, 2], "shards": [96] * groups.size}
+    far = {"segments": [32, 96 * groups.size], "dilations": [1, 4]}
+    return {"local": bytes_sent(groups, **local), "far": bytes_sent(groups, **far)}
+
+
+def error_of(call: Callable[[], Any]) -> tuple[str, str, float]:
+    """Type and text of what a call raises, and the seconds until then."""
+    start = time.monotonic()
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__, str(error), time.monotonic() - start
+    return "", "", time.monotonic() - start
+
+
+def mismatches(rank: int, size: int) -> dict[str, Any]:
+    """The last rank calls differently."""
+    x = torch.randn(3, 1, 12, 2, 4)
+    odd = rank == size - 1
+    calls: dict[str, dict[str, Any]] = {
+        "option": {"is_causal": odd},
+        "branches": {"segments": [8, 41 if odd else 40]},
+        "dtype": {"x": x.double() if odd else x},
+        "error": {"dilations": [1, 0 if odd else 2]},
+        "shards": {"shards": None if odd else [12] * size},
+        "seqused": {"seqused": [30 + odd]},
+    }
+    errors = {}
+    for name, changed in calls.items():
+        groups = SequenceGroups(timeout=TIMEOUT)
+        errors[name] = error_of(lambda: small_call(groups, **{"x": x, **changed}))
+
+    def other_number_of_calls(groups: SequenceGroups) -> None:
+        inputs = x.clone().requires_grad_()
+        out = small_call(groups, inputs)
+        if odd:
+            small_call(groups, inputs)
+        else:
+            out.sum().backward()
+
+    groups = SequenceGroups(timeout=TIMEOUT)
+    errors["calls"] = error_of(lambda: other_number_of_calls(groups))
+    errors["after"] = error_of(lambda: small_call(groups, x))
+    return errors
+
+
+def failure(scenario: str, rank: int, size: int) -> dict[str, Any]:
+    groups = SequenceGroups(timeout=TIMEOUT)
+    x = torch.randn(3, 1, 12, 2, 4)
+    small_call(groups, x)
+    if rank == size - 1:
+        if scenario == "raising":
+            raise SystemExit(3)
+        if scenario == "late":
+            time.sleep(2.5 * TIMEOUT)
+        else:
+            os.kill(os.getpid(), signal.SIGKILL if scenario == "killed" else signal.SIGSTOP)
+    return {"call": error_of(lambda: small_call(groups, x))}
+
+
+def main(scenario: str, folder: Path, rank: int, size: int) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/{scenario}-{size}.store"
+    dist.init_process_group("gloo", store, rank=rank, world_size=size)
+    torch.manual_seed(rank)
+    result: dict[str, Any]
+    if scenario == "cases":
+        groups = SequenceGroups(timeout=60)
+        result = {"cases": run_cases(groups), "volumes": volumes(groups)}
+    elif scenario == "mismatches":
+        result = mismatches(rank, size)
+    else:
+        result = failure(scenario, rank, size)
+    torch.save(result, folder / f"{scenario}-{size}-{rank}.pt")
+    if scenario in ("cases", "mismatches"):
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

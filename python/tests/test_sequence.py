@@ -1,0 +1,181 @@
+"""Real Gloo processes that share sequences: one process's bits, and failures that are loud. R3, R4,
+R20, X6, X8, X10.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from sequence_cases import Sharded, cases
+from torch import Tensor
+
+import dilated
+from dilated.distributed import SequenceGroups
+
+WORKER = Path(__file__).with_name("sequence_worker.py")
+# A hang is a failure, not a wait.
+GUARD = 120
+FAILURES = {"killed": 3, "stopped": 3, "late": 2, "raising": 2}  # scenario: ranks
+HEADER_BYTES = 12 * 8
+
+
+class Ranks:
+    """Processes that run one scenario; each leaves a file of results."""
+
+    def __init__(self, scenario: str, size: int, folder: Path) -> None:
+        self._name, self._folder = f"{scenario}-{size}", folder
+        source = str(Path(dilated.__file__).parents[1])
+        path = os.pathsep.join(p for p in (source, os.environ.get("PYTHONPATH", "")) if p)
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, str(WORKER), scenario, str(folder), str(rank), str(size)],
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            )
+            for rank in range(size)
+        ]
+
+    def results(self, survivors: int) -> list[dict[str, Any]]:
+        """Those of the first `survivors` ranks, which must end well."""
+        waited = self._processes[:survivors]
+        try:
+            errors = [process.communicate(timeout=GUARD)[1] for process in waited]
+        finally:
+            for process in self._processes:
+                process.kill()
+                process.communicate()
+        codes = [process.returncode for process in waited]
+        assert not any(codes), f"{codes}\n" + "\n".join(errors)
+        files = [self._folder / f"{self._name}-{rank}.pt" for rank in range(survivors)]
+        return [torch.load(file) for file in files]
+
+
+@pytest.fixture
+def alone() -> Iterator[SequenceGroups]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield SequenceGroups()
+    finally:
+        dist.destroy_process_group()
+
+
+def _ulps(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference in units in the last place of the largest number."""
+    if expected.numel() == 0:
+        return 0.0
+    unit = torch.finfo(expected.dtype).eps * expected.abs().max().item()
+    return (actual - expected).abs().max().item() / unit if unit > 0 else 0.0
+
+
+def _assert_equal(sharded: Sharded, parts: list[dict[str, Tensor]]) -> None:
+    """dK and dV are sums in another order: 4 units in the last place of float32, rounded once."""
+    rows_dim = 0 if sharded.cu_seqlens is not None else 1
+    expected = sharded.run(dilated.dilated_attention, lambda x, dim: x)
+    for name in ("out", "lse", "dquery", "dkey", "dvalue"):
+        got = torch.cat([part[name] for part in parts], -1 if name == "lse" else rows_dim)
+        if name in ("dkey", "dvalue"):
+            assert _ulps(got, expected[name]) <= 4, (sharded, name)
+        else:
+            bits = [x.contiguous().view(torch.uint8) for x in (got, expected[name])]
+            assert torch.equal(*bits), (sharded, name)
+
+
+def test_one_rank_is_one_process(alone: SequenceGroups) -> None:
+    attention = partial(dilated.distributed.dilated_attention, sequence_groups=alone)
+    for sharded in cases(1):
+        _assert_equal(sharded, [sharded.run(attention, lambda x, dim: x)])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_have_the_bits_of_one_process(size: int, tmp_path: Path) -> None:
+    results = Ranks("cases", size, tmp_path).results(size)
+    for number, sharded in enumerate(cases(size)):
+        _assert_equal(sharded, [result["cases"][number] for result in results])
+    for result in results:
+        # Nothing at all where no segment crosses a border; else a header per pass and peer, and
+        # 2 (m / size) Hk d elements of the far branch for each peer, m = 24 size.
+        assert result["volumes"]["local"] == []
+        rows = 2 * 24 * 4 * 8 * 4
+        message = [HEADER_BYTES] * (size - 1) + [rows] * (size - 1)
+        assert result["volumes"]["far"] == message * 2
+
+
+@pytest.fixture(scope="module")
+def mismatches(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return Ranks("mismatches", 3, tmp_path_factory.mktemp("mismatches")).results(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("option", "other options on ranks [2]"),
+        ("branches", "other segments, dilations or offsets on ranks [2]"),
+        ("dtype", "other shapes, dtype or heads on ranks [2]"),
+        ("shards", "other shards or cu_seqlens on ranks [2]"),
+        ("seqused", "another seqused on ranks [2]"),
+        ("calls", "another number of calls on ranks [2]; another pass on ranks [2]"),
+    ],
+)
+def test_other_calls_are_the_same_error_on_all_ranks(
+    name: str, words: str, mismatches: list[dict[str, Any]]
+) -> None:
+    expected = "dilated_attention: sequence_groups: expected the same call on all ranks"
+    for errors in mismatches:
+        kind, text, seconds = errors[name]
+        assert (kind, text) == ("InvalidProblem", f"{expected}, got {words}")
+        assert seconds < 2
+
+
+def test_an_error_of_one_rank_is_told_to_the_others(mismatches: list[dict[str, Any]]) -> None:
+    kinds, texts, seconds = zip(*(errors["error"] for errors in mismatches), strict=True)
+    assert kinds == ("InvalidProblem",) * 3
+    assert "dilations[1]: expected 1 <= dilation" in texts[2]
+    assert texts[0] == texts[1]
+    assert "an error of ranks [2] in call 1" in texts[0]
+    assert max(seconds) < 2
+
+
+def test_no_call_follows_a_failed_one(mismatches: list[dict[str, Any]]) -> None:
+    for errors in mismatches:
+        kind, text, _ = errors["after"]
+        assert kind == "DistributedAttentionError"
+        assert "no call after a failed one (another number of calls" in text
+
+
+@pytest.mark.parametrize("scenario", FAILURES)
+def test_a_rank_that_does_not_answer_is_an_error_of_the_others(
+    scenario: str, tmp_path: Path
+) -> None:
+    size = FAILURES[scenario]
+    for errors in Ranks(scenario, size, tmp_path).results(size - 1):
+        kind, text, seconds = errors["call"]
+        assert kind == "DistributedAttentionError", text
+        assert f"call 2 over {size} ranks: expected an answer within 3 s" in text
+        assert f"{size - 1}]" in text
+        assert seconds < 5
+
+
+def test_groups_know_shards_and_positions(alone: SequenceGroups) -> None:
+    assert alone.shards(7) == [7]
+    assert alone.positions([5]).tolist() == [0, 1, 2, 3, 4]
+    x = torch.arange(6).reshape(1, 6)
+    assert torch.equal(alone.shard(x), x)
+    with pytest.raises(dilated.InvalidProblem, match="shards: expected one number of rows per"):
+        alone.positions([1, 2])
+    with pytest.raises(dilated.InvalidProblem, match="timeout: expected seconds > 0, got -1"):
+        SequenceGroups(timeout=-1)
+
+
+def test_groups_need_processes() -> None:
+    with pytest.raises(dilated.InvalidProblem, match=r"an initialised torch\.distributed"):
+        SequenceGroups()
