@@ -28,6 +28,18 @@ def require_tensors(query: Any, key: Any, value: Any) -> None:
         _require_tensor(name, given)
 
 
+def require_parameter_dtype(
+    argument: str, x: Tensor, weight: Tensor, op: str = "dilated_attention"
+) -> None:
+    """Raise InvalidProblem unless x has the dtype of a module's weight, or autocast casts both."""
+    device = x.device.type
+    casts = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    # A quantised weight is an integer, and its module casts by itself.
+    if x.dtype != weight.dtype and weight.is_floating_point() and not casts:
+        expected = f"{weight.dtype}, as the parameters"
+        raise InvalidProblem(message(argument, expected, str(x.dtype), op=op))
+
+
 def _integer_tensor(argument: str, value: Tensor, expected: str) -> Tensor:
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
         raise InvalidProblem(message(argument, expected, f"dtype {value.dtype}"))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ._inputs import require_parameter_dtype
 from ._options import COLUMN_SUM_PRESETS
 from .errors import InvalidProblem, Unsupported, message
 from .modules import DilatedAttention
@@ -207,6 +208,7 @@ class MultiheadDilatedAttention(nn.Module):
             (output, None).
 
         Raises:
+            InvalidProblem: a shape or a dtype does not fit.
             Unsupported: a request that cannot be honoured.
         """
         if need_weights:
@@ -221,6 +223,8 @@ class MultiheadDilatedAttention(nn.Module):
             self._refuse_sums_over_the_future()
         key = query if key is None else key
         value = key if value is None else value
+        for name, given in (("query", query), ("key", key), ("value", value)):
+            require_parameter_dtype(name, given, self.q_proj.weight)
         key_mask = None if key_padding_mask is None else _key_mask(key_padding_mask)
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim))
