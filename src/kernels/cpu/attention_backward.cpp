@@ -15,13 +15,11 @@
 // is the probability that forward normalised. out_scale goes to V and, at the end, to dV, so that
 // dO.V and dO.O are rounded alike: in a row of one key dS is 0.
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "src/branches.h"
-#include "src/dropout.h"
 #include "src/geometry.h"
 #include "src/hand_out.h"
 #include "src/kernels/cpu/addressing.h"
@@ -31,6 +29,7 @@
 #include "src/kernels/cpu/score_units.h"
 #include "src/kernels/cpu/scratch.h"
 #include "src/kernels/cpu/work_items.h"
+#include "src/masks.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "src/kernels/cpu/attention_backward.cpp"
@@ -39,8 +38,10 @@
 
 #include "src/kernels/cpu/exp-inl.h"
 #include "src/kernels/cpu/gemm-inl.h"
+#include "src/kernels/cpu/gradient_sums-inl.h"
 #include "src/kernels/cpu/pack-inl.h"
 #include "src/kernels/cpu/row_stream-inl.h"
+#include "src/kernels/cpu/score_gradient-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace dilated::HWY_NAMESPACE {
@@ -48,56 +49,14 @@ namespace {
 
 using cpu::BackwardScratch;
 using cpu::kBackwardRows;
-using cpu::kTileLanes;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-/// Stores the sums and prefetches a few rows.
-struct StoreAndPrefetch {
-  Store store;
-  RowStream* upcoming;
-
-  template <std::size_t kRows, std::size_t kVectors>
-  HWY_INLINE void operator()(const Block<kRows, kVectors>& block, std::size_t row,
-                             std::size_t column) const {
-    upcoming->advance();
-    store(block, row, column);
-  }
-};
-
-/// dS = P (sums - delta_row).
-struct StoreScoreGradient {
-  float* dscore;
-  const float* probability;
-  const float* delta;
-
-  template <std::size_t kRows, std::size_t kVectors>
-  HWY_INLINE void operator()(const Block<kRows, kVectors>& block, std::size_t row,
-                             std::size_t column) const {
-    const FloatTag tag;
-    for (std::size_t i = 0; i < kRows; ++i) {
-      const FloatVector deltas = hn::Set(tag, delta[row + i]);
-      for (std::size_t v = 0; v < kVectors; ++v) {
-        const std::size_t at = (row + i) * kTileLanes + column + v * kVectorFloats;
-        const FloatVector p = hn::LoadU(tag, probability + at);
-        hn::StoreU(hn::Mul(p, hn::Sub(block.sum[i][v], deltas)), tag, dscore + at);
-      }
-    }
-  }
-};
-
-/// Where gradients are summed: the caller's float32 tensors, or float32 scratch for 16-bit dtypes.
-struct Gradients {
-  TensorView dquery;
-  TensorView dkey;
-  TensorView dvalue;
-};
 
 /// One segment of one branch for one key/value head and all its query heads.
 class BackwardSegment {
  public:
   /// `sequence` is cut to the used length, not empty, and `segment` one of its segments.
-  BackwardSegment(const Plan& plan, const BackwardTensors& tensors, const Gradients& gradients,
+  BackwardSegment(const Plan& plan, const BackwardTensors& tensors, const GradientSums& gradients,
                   const BackwardScratch& scratch, std::size_t branch, const Sequence& sequence,
                   std::size_t sequence_index, std::int64_t kv_head, std::int64_t segment)
       : plan_(plan),
@@ -158,8 +117,8 @@ class BackwardSegment {
       const std::int64_t next = std::min(k + kTileLanes, end);
       const std::int64_t after_next = std::min(next + kTileLanes, end);
       upcoming_.clear();
-      expect(gradients_.dkey, kv_head_, k, next);
-      expect(gradients_.dvalue, kv_head_, k, next);
+      expect(gradients_.dkey(), kv_head_, k, next);
+      expect(gradients_.dvalue(), kv_head_, k, next);
       expect(tensors_.key, kv_head_, next, after_next);
       expect(tensors_.value, kv_head_, next, after_next);
       upcoming_.spread(kBlocksPerTile * ceil_div(last - first, kBackwardRows));
@@ -175,7 +134,7 @@ class BackwardSegment {
     const auto scale = static_cast<float>(plan_.scale());
     for (std::int64_t i = first; i < last; ++i) {
       add_row(scratch_.dquery + static_cast<std::size_t>(i - first) * padded_, scale, head_dim_,
-              gradient_row(gradients_.dquery, query_span_.row(i), head_));
+              gradient_row(gradients_.dquery(), query_span_.row(i), head_));
     }
   }
 
@@ -445,13 +404,8 @@ class BackwardSegment {
   /// dropout.
   void score_gradient(std::int64_t first, std::size_t rows, std::size_t keys,
                       const float* delta) const {
-    const std::int64_t* const state = tensors_.masks.dropout_state;
     const bool drops = problem_.dropout_p > 0.0;
-    const Dropout dropout(
-        problem_.dropout_p, drops ? static_cast<std::uint64_t>(state[0]) : 0,
-        drops ? static_cast<std::uint64_t>(state[1]) : 0,
-        dropout_stream(static_cast<std::int64_t>(sequence_index_), problem_.head_offset + head_,
-                       problem_.all_heads(), branch_, problem_.branches.size()));
+    const Dropout dropout = dropout_of(problem_, tensors_.masks, sequence_index_, head_, branch_);
     for (std::size_t i = 0; i < rows; ++i) {
       const std::int64_t query = position(first + static_cast<std::int64_t>(i));
       for (std::size_t k = 0; k < keys; ++k) {
@@ -471,19 +425,19 @@ class BackwardSegment {
     transpose(scratch_.dkey_columns, kTileLanes, head_dim_, keys, scratch_.rows, padded_);
     for (std::size_t k = 0; k < keys; ++k) {
       add_row(scratch_.rows + k * padded_, scale, head_dim_,
-              gradient_row(gradients_.dkey, key_span_.row(scratch_.key_row[k]), kv_head_));
+              gradient_row(gradients_.dkey(), key_span_.row(scratch_.key_row[k]), kv_head_));
     }
     transpose(scratch_.dvalue_columns, kTileLanes, head_dim_, keys, scratch_.rows, padded_);
     for (std::size_t k = 0; k < keys; ++k) {
       add_row(scratch_.rows + k * padded_, out_scale_, head_dim_,
-              gradient_row(gradients_.dvalue, key_span_.row(scratch_.key_row[k]), kv_head_));
+              gradient_row(gradients_.dvalue(), key_span_.row(scratch_.key_row[k]), kv_head_));
     }
   }
 
   const Plan& plan_;
   const Problem& problem_;
   const BackwardTensors& tensors_;
-  const Gradients& gradients_;
+  const GradientSums& gradients_;
   const BackwardScratch& scratch_;
   cpu::ScoreUnits units_;
   float out_scale_;
@@ -503,80 +457,15 @@ class BackwardSegment {
   RowStream upcoming_;
 };
 
-/// Contiguous float32 view like `like`, from `memory` on; moves `memory` behind it.
-TensorView take_float_view(const TensorView& like, std::byte*& memory) {
-  const std::int64_t token = like.shape[2] * like.shape[3];
-  const TensorView view = {
-      memory, DType::kFloat32, like.shape, {like.shape[1] * token, token, like.shape[3], 1}};
-  memory += like.shape[0] * like.shape[1] * token * static_cast<std::int64_t>(sizeof(float));
-  return view;
-}
-
-/// One gradient: where it is summed in float32, and the caller's tensor, often the same.
-struct Gradient {
-  TensorView sums;
-  TensorView result;
-
-  std::int64_t tokens() const { return result.shape[0] * result.shape[1]; }
-};
-
-/// Calls `body(gradient, batch, token)` for every token of the three gradients.
-template <typename Body>
-void for_each_token(const ParallelFor& threads, const std::array<Gradient, 3>& gradients,
-                    const Body& body) {
-  std::int64_t total = 0;
-  for (const Gradient& gradient : gradients) {
-    total += gradient.tokens();
-  }
-  hand_out(threads, total, [&](std::int64_t begin, std::int64_t end, int /*thread*/) {
-    std::int64_t first = 0;
-    for (const Gradient& gradient : gradients) {
-      for (std::int64_t i = std::max(begin, first); i < std::min(end, first + gradient.tokens());
-           ++i) {
-        const std::int64_t rows = gradient.result.shape[1];
-        body(gradient, (i - first) / rows, (i - first) % rows);
-      }
-      first += gradient.tokens();
-    }
-  });
-}
-
-void clear_token(const Gradient& gradient, std::int64_t batch, std::int64_t token) {
-  const TensorView& sums = gradient.sums;
-  for (std::int64_t head = 0; head < sums.shape[2]; ++head) {
-    std::fill_n(reinterpret_cast<float*>(cpu::row_at(sums, batch, token, head)),
-                static_cast<std::size_t>(sums.shape[3]), 0.0f);
-  }
-}
-
-void round_token(const Gradient& gradient, std::int64_t batch, std::int64_t token) {
-  const TensorView& to = gradient.result;
-  for (std::int64_t head = 0; head < to.shape[2] && to.dtype != DType::kFloat32; ++head) {
-    const std::byte* const from = cpu::row_at(gradient.sums, batch, token, head);
-    store_row(to.dtype, reinterpret_cast<const float*>(from), static_cast<std::size_t>(to.shape[3]),
-              cpu::row_at(to, batch, token, head));
-  }
-}
-
 }  // namespace
 
 void backward_on_target(const Plan& plan, const BackwardTensors& tensors, const Context& context) {
   const Problem& problem = plan.problem();
   const ParallelFor& threads = *context.parallel_for;
   const auto& decision = static_cast<const cpu::CpuDecision&>(plan.decision());
-  std::array<Gradient, 3> all = {{{tensors.dquery, tensors.dquery},
-                                  {tensors.dkey, tensors.dkey},
-                                  {tensors.dvalue, tensors.dvalue}}};
-  std::byte* memory = context.workspace.data() + decision.threads * decision.backward_scratch;
-  bool rounds = false;
-  for (Gradient& gradient : all) {
-    if (gradient.result.dtype != DType::kFloat32) {
-      gradient.sums = take_float_view(gradient.result, memory);
-      rounds = true;
-    }
-  }
-  for_each_token(threads, all, clear_token);
-  const Gradients gradients{all[0].sums, all[1].sums, all[2].sums};
+  const GradientSums gradients(
+      tensors, context.workspace.data() + decision.threads * decision.backward_scratch);
+  gradients.clear(threads);
 
   // Longest segments first, the order of distributed runs, where their keys come from other ranks.
   for (auto branch = decision.branch_order.rbegin(); branch != decision.branch_order.rend();
@@ -598,8 +487,7 @@ void backward_on_target(const Plan& plan, const BackwardTensors& tensors, const 
       const BackwardScratch scratch(carver, decision.backward_chunk, problem.head_dim);
       items.visit(begin, end, [&](const cpu::Item& item) {
         const Sequence& whole = plan.sequences()[item.sequence];
-        const std::int64_t* const seqused = tensors.masks.seqused;
-        const Sequence sequence = seqused == nullptr ? whole : whole.cut(seqused[item.sequence]);
+        const Sequence sequence = used_sequence(plan, tensors.masks, item.sequence);
         const std::int64_t at = first_segment(whole) + item.part;
         if (sequence.keys.size() > 0 && at * std::min(segment, sequence.length) < sequence.length) {
           BackwardSegment(plan, tensors, gradients, scratch, *branch, sequence, item.sequence,
@@ -610,9 +498,7 @@ void backward_on_target(const Plan& plan, const BackwardTensors& tensors, const 
     });
   }
 
-  if (rounds) {
-    for_each_token(threads, all, round_token);
-  }
+  gradients.round(threads);
 }
 
 }  // namespace dilated::HWY_NAMESPACE

@@ -10,16 +10,17 @@
 #include <cmath>
 
 #include "src/branches.h"
-#include "src/dropout.h"
 #include "src/geometry.h"
 #include "src/hand_out.h"
 #include "src/kernels/cpu/addressing.h"
 #include "src/kernels/cpu/attention.h"
+#include "src/kernels/cpu/branch_rows.h"
 #include "src/kernels/cpu/decision.h"
 #include "src/kernels/cpu/key_filter.h"
 #include "src/kernels/cpu/score_units.h"
 #include "src/kernels/cpu/scratch.h"
 #include "src/kernels/cpu/work_items.h"
+#include "src/masks.h"
 #include "src/merge.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -71,9 +72,7 @@ class ForwardBlock {
         units_(plan.scale()),
         sequence_index_(item.sequence),
         whole_(plan.sequences()[item.sequence]),
-        sequence_(tensors.masks.seqused == nullptr
-                      ? whole_
-                      : whole_.cut(tensors.masks.seqused[item.sequence])),
+        sequence_(used_sequence(plan, tensors.masks, item.sequence)),
         head_(item.head),
         kv_head_(item.head / problem_.heads_per_kv_head()),
         block_{whole_.queries.begin + item.part * decision_.forward_block,
@@ -277,12 +276,8 @@ class ForwardBlock {
     softmax(score_tile, units_.factor(), keys, lanes, scratch_.row_max + tile.index * kTileLanes,
             scratch_.row_sum + tile.index * kTileLanes);
     if (problem_.dropout_p > 0.0) {
-      const std::int64_t* const state = tensors_.masks.dropout_state;
-      const Dropout dropout(
-          problem_.dropout_p, static_cast<std::uint64_t>(state[0]),
-          static_cast<std::uint64_t>(state[1]),
-          dropout_stream(static_cast<std::int64_t>(sequence_index_), problem_.head_offset + head_,
-                         problem_.all_heads(), piece.branch, problem_.branches.size()));
+      const Dropout dropout =
+          dropout_of(problem_, tensors_.masks, sequence_index_, head_, piece.branch);
       for (std::size_t k = 0; k < keys; ++k) {
         const std::int64_t key = piece.position(scratch_.key_row[k]);
         for (std::int64_t i = 0; i < tile.rows; ++i) {
@@ -426,62 +421,12 @@ class ForwardBlock {
   RowStream upcoming_;
 };
 
-/// Writes 0 and -inf to the saved rows of one (batch, head) that no position uses.
-void clear_unused_branch_rows(const Plan& plan, const ForwardTensors& tensors, std::int64_t batch,
-                              std::int64_t head) {
-  const Problem& problem = plan.problem();
-  const auto clear = [&](std::int64_t first, std::int64_t last) {
-    for (std::int64_t row = first; row < last; ++row) {
-      std::fill_n(cpu::saved_row(tensors.branch_out, batch, head, row), problem.head_dim, 0.0f);
-      float* const pair = cpu::saved_row(tensors.branch_lse, batch, head, row);
-      pair[0] = kMinusInfinity;
-      pair[1] = 0.0f;
-    }
-  };
-  const std::size_t sequences = plan.sequences().size();
-  const bool packed = !problem.cu_seqlens.empty();
-  std::int64_t next = 0;  // rows before it are written
-  for (std::size_t b = 0; b < problem.branches.size(); ++b) {
-    const Branch& branch = problem.branches[b];
-    const std::int64_t offset = branch.offsets[static_cast<std::size_t>(head)];
-    const auto first = packed ? std::size_t{0} : static_cast<std::size_t>(batch);
-    for (std::size_t s = first; s < (packed ? sequences : first + 1) && offset >= 0; ++s) {
-      const std::int64_t* const seqused = tensors.masks.seqused;
-      const Sequence sequence =
-          seqused == nullptr ? plan.sequences()[s] : plan.sequences()[s].cut(seqused[s]);
-      if (sequence.queries.size() == 0) {
-        continue;
-      }
-      const BranchGeometry geometry(sequence.length, branch.segment, branch.dilation);
-      const std::int64_t origin =
-          plan.branch_row_begin(b, s) - geometry.first_slot(sequence.queries.begin);
-      for (std::int64_t segment = sequence.queries.begin / geometry.segment;
-           segment <= (sequence.queries.end - 1) / geometry.segment; ++segment) {
-        const RowSpan rows = geometry.span(segment, offset, sequence.queries, 0);
-        if (!rows.empty()) {
-          clear(next, origin + geometry.slot(segment, rows.first));
-          next = origin + geometry.slot(segment, rows.last);
-        }
-      }
-    }
-  }
-  clear(next, plan.branch_rows());
-}
-
 }  // namespace
 
 void forward_on_target(const Plan& plan, const ForwardTensors& tensors, const Context& context) {
   const Problem& problem = plan.problem();
   const auto& decision = static_cast<const cpu::CpuDecision&>(plan.decision());
-  if (tensors.branch_out.defined()) {
-    hand_out(*context.parallel_for, problem.batch * problem.num_heads,
-             [&](std::int64_t begin, std::int64_t end, int /*thread*/) {
-               for (std::int64_t i = begin; i < end; ++i) {
-                 clear_unused_branch_rows(plan, tensors, i / problem.num_heads,
-                                          i % problem.num_heads);
-               }
-             });
-  }
+  cpu::clear_unused_branch_rows(plan, tensors, *context.parallel_for);
   const cpu::ItemRange items(plan.sequences(), problem.num_heads, [&](const Sequence& sequence) {
     return ceil_div(sequence.queries.size(), decision.forward_block);
   });

@@ -10,8 +10,8 @@
 
 #include "dilated/attention.h"
 
-#include "src/dropout.h"
 #include "src/geometry.h"
+#include "src/masks.h"
 #include "src/merge.h"
 
 namespace dilated::reference {
@@ -81,10 +81,7 @@ class Definition {
   }
 
   /// The sequence as far as it is used.
-  Sequence sequence(std::size_t index) const {
-    const Sequence& sequence = plan_.sequences()[index];
-    return masks_.seqused == nullptr ? sequence : sequence.cut(masks_.seqused[index]);
-  }
+  Sequence sequence(std::size_t index) const { return used_sequence(plan_, masks_, index); }
 
   /// Row at position `p` of the used part of a sequence.
   Row row(std::size_t sequence_index, std::int64_t head, std::int64_t p) const {
@@ -122,15 +119,6 @@ class Definition {
         return 1.0 / static_cast<double>(row.branches.size());
     }
     return 0.0;
-  }
-
-  Dropout dropout(std::size_t sequence_index, std::int64_t head, std::size_t branch) const {
-    const Problem& problem = plan_.problem();
-    const std::int64_t* const state = masks_.dropout_state;
-    return {problem.dropout_p, static_cast<std::uint64_t>(state[0]),
-            static_cast<std::uint64_t>(state[1]),
-            dropout_stream(static_cast<std::int64_t>(sequence_index), problem.head_offset + head,
-                           problem.all_heads(), branch, problem.branches.size())};
   }
 
   BranchTerms branch_terms(std::size_t sequence_index, const Sequence& sequence, std::int64_t head,
@@ -175,7 +163,7 @@ class Definition {
       term.probability = std::exp(term.probability - result.lse);
       term.dropped = term.probability;
       if (problem.dropout_p > 0.0) {
-        term.dropped *= dropout(sequence_index, head, b)(p, term.position);
+        term.dropped *= dropout_of(problem, masks_, sequence_index, head, b)(p, term.position);
       }
       const Element* v = row_at<Element>(value_, sequence.batch, term.row, kv_head(head));
       for (std::size_t c = 0; c < result.out.size(); ++c) {
