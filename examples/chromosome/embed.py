@@ -143,14 +143,14 @@ def _write(path: Path, embedding: Tensor) -> None:
     print(f"wrote {path}: ({n}, {width}) float16")
 
 
-def _draw(
-    path: Path, name: str, codes: NDArray[np.uint8], embedding: Tensor, window: int
-) -> None:
+def _draw(path: Path, name: str, codes: NDArray[np.uint8], embedding: Tensor, window: int) -> None:
     known: Composition = composition(codes, window)
     components = principal_components(window_means(embedding, window), 2)
     for number, component in enumerate(components.T, 1):
         gc, skew = (np.corrcoef(component, what)[0, 1] for what in (known.gc, known.skew))
-        print(f"component {number}: correlation with GC content {gc:+.2f}, with GC skew {skew:+.2f}")
+        print(
+            f"component {number}: correlation with GC content {gc:+.2f}, with GC skew {skew:+.2f}"
+        )
     embedding_figure(name, window, known, components).savefig(path)
     print(f"wrote {path}")
 

@@ -96,7 +96,9 @@ def compare(
         ("single tokens, dilated", SINGLES, dilated),
     ):
         pace = rows[0].trained.steps if rows else None
-        with tqdm(desc=name, unit="step", file=sys.stdout, total=pace and sum(pace.values())) as bar:
+        with tqdm(
+            desc=name, unit="step", file=sys.stdout, total=pace and sum(pace.values())
+        ) as bar:
             trained = train(
                 task, lengths, of_model, most_steps=most_steps, pace=pace, show=_on(bar)
             )
@@ -128,14 +130,16 @@ def table(rows: list[Row]) -> str:
         cells = "".join(f"{getattr(single[n], attribute):8.3f}" for n in lengths)
         lines.append(f"{'  … value and question in ' + name:32}{cells}")
     steps = ", ".join(f"{count} at {n}" for n, count in rows[0].trained.steps.items())
-    return "\n".join([
-        *lines,
-        f"Chance is {1 / NUM_VALUES:.3f}. Steps of every model: {steps}.",
-        f"The far branch (dilation {dilation}) shows a head one position in {dilation}. A run of "
-        f"{dilation} always holds one of them;",
-        "a single token is seen directly only by questions of its own residue class.",
-        "",
-    ])
+    return "\n".join(
+        [
+            *lines,
+            f"Chance is {1 / NUM_VALUES:.3f}. Steps of every model: {steps}.",
+            f"The far branch (dilation {dilation}) shows a head one position in {dilation}. A run of "
+            f"{dilation} always holds one of them;",
+            "a single token is seen directly only by questions of its own residue class.",
+            "",
+        ]
+    )
 
 
 def recall_figure(rows: list[Row]) -> Figure:

@@ -80,9 +80,7 @@ class Recall:
         return Batch(tokens, answers, asked + run - 1, stored.gather(1, order) + 2 * run - 1)
 
 
-def _places(
-    batch: int, count: int, length: int, room: int, generator: torch.Generator
-) -> Tensor:
+def _places(batch: int, count: int, length: int, room: int, generator: torch.Generator) -> Tensor:
     """Starts (batch, count) of blocks that do not overlap, in order, anywhere in [0, room)."""
     free = torch.randint(room - count * length + 1, (batch, count), generator=generator)
     return free.sort(1).values + length * torch.arange(count)

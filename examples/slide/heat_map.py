@@ -36,7 +36,11 @@ def slide_figure(shown: Sequence[tuple[Slides, Tensor, float]]) -> Figure:
 
 
 def _show(
-    axes: Axes, slide: Slides, values: NDArray[np.float64], colours: str, limits: tuple[float, float]
+    axes: Axes,
+    slide: Slides,
+    values: NDArray[np.float64],
+    colours: str,
+    limits: tuple[float, float],
 ) -> None:
     x, y = (slide.coords[0] / TILE_SIZE).round().int().numpy().T
     picture = np.full((y.max() + 1, x.max() + 1), np.nan)

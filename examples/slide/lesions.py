@@ -83,7 +83,9 @@ def _draw(
     tissue = field.flatten().topk(tiles).indices.sort().values
     places = torch.stack((tissue % side, tissue // side), 1).float()  # x, y: rows of tiles in order
     texture = _smooth(_TEXTURES, side, generator).flatten(1)[:, tissue].argmax(0)
-    positive = torch.rand((), generator=generator) < 0.5 if label is None else torch.tensor(label) > 0
+    positive = (
+        torch.rand((), generator=generator) < 0.5 if label is None else torch.tensor(label) > 0
+    )
     lesion = _lesions(places, side, bool(positive), generator)
     features = looks.textures[texture]
     features[lesion] = looks.lesion

@@ -74,9 +74,7 @@ def _multifocal(options: Namespace) -> int:
         raise Refused(f"--steps: expected > 0, got {options.steps}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    stages = [
-        Stage(s.tiles, s.batch, max(1, round(s.steps * options.steps))) for s in STAGES
-    ]
+    stages = [Stage(s.tiles, s.batch, max(1, round(s.steps * options.steps))) for s in STAGES]
     looks = Looks.draw(options.seed)
     print(
         f"slides of {_TILES:,} tiles with {FEATURES} features; negative: lesions touch or are one; "

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import embed
-import encoder
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import embed
+import encoder
 from composition import composition, principal_components, window_means
 from encoder import ChromosomeEncoder, word_tokens
 from fasta import UNKNOWN
-from hypothesis import given
-from hypothesis import strategies as st
 
 BRANCHES = ((16, 64, 1024), (1, 4, 16))
 

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from dilated.cli import Refused
-from fasta import UNKNOWN, choose, read_records
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dilated.cli import Refused
+from fasta import UNKNOWN, choose, read_records
 
 LETTERS = "ACGTUacgtuNRYn"
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import recall
 import torch
+
+import recall
 from curriculum import DILATED, LOCAL, Settings, build_model, judge, train
 from recall import RUNS, SINGLES
 
@@ -15,9 +16,7 @@ def test_recall_beyond_the_local_branch() -> None:
     """At four times the local segment; the full demonstration goes on to sixteen times."""
     lengths = (64, 128, 256)
     dilated = train(RUNS, lengths, Settings(), most_steps=1500)
-    local = train(
-        RUNS, lengths, Settings(branches=LOCAL), most_steps=1500, pace=dilated.steps
-    )
+    local = train(RUNS, lengths, Settings(branches=LOCAL), most_steps=1500, pace=dilated.steps)
     assert judge(dilated.model, RUNS, 256, seed=1, answers=1000).all >= 0.95
     assert judge(local.model, RUNS, 256, seed=1, answers=1000).all <= 0.5
     assert dilated.seconds < 60

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lesions import TILE_SIZE, Looks, Slides, draw_slides
 
 LOOKS = Looks.draw(0)
@@ -16,7 +17,9 @@ def draw(tiles: int, seed: int, label: float | None = None, batch: int = 1) -> S
 
 
 @settings(deadline=None, max_examples=15)
-@given(tiles=st.sampled_from([400, 2500]), seed=st.integers(0, 2**31), label=st.sampled_from([0, 1]))
+@given(
+    tiles=st.sampled_from([400, 2500]), seed=st.integers(0, 2**31), label=st.sampled_from([0, 1])
+)
 def test_slides(tiles: int, seed: int, label: int) -> None:
     """Tiles are distinct, row by row, with equally many lesion tiles, far apart or not."""
     slide = draw(tiles, seed, label)
@@ -26,7 +29,7 @@ def test_slides(tiles: int, seed: int, label: int) -> None:
     cells = slide.coords[0] / TILE_SIZE
     order = (cells[:, 1] * 1000 + cells[:, 0]).tolist()
     assert order == sorted(set(order))
-    assert 0 <= cells.min()
+    assert cells.min() >= 0
     assert cells.max() < 125
     places = cells[slide.lesion[0]]
     extent = float(torch.cdist(places, places).max()) / 125

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import multifocal
 import pytest
 import torch
+
+import multifocal
 from classifier import DILATED, SlideClassifier, influence
 from lesions import Looks, draw_slides
 from multifocal import STAGES, Stage
