@@ -97,7 +97,7 @@ def compare(
     ):
         pace = rows[0].trained.steps if rows else None
         with tqdm(
-            desc=name, unit="step", file=sys.stdout, total=pace and sum(pace.values())
+            desc=name, unit="step", file=sys.stdout, total=pace and sum(pace.values()) + settings.last_steps
         ) as bar:
             trained = train(
                 task, lengths, of_model, most_steps=most_steps, pace=pace, show=_on(bar)
@@ -110,8 +110,8 @@ def compare(
     return rows
 
 
-def _on(bar: tqdm) -> Callable[[int, int, float], None]:
-    def show(length: int, step: int, accuracy: float) -> None:
+def _on(bar: tqdm) -> Callable[[int, float], None]:
+    def show(length: int, accuracy: float) -> None:
         bar.set_postfix_str(f"length {length}, accuracy {accuracy:.3f}", refresh=False)
         bar.update()
 
@@ -133,7 +133,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(
         [
             *lines,
-            f"Chance is {1 / NUM_VALUES:.3f}. Steps of every model: {steps}.",
+            f"Chance is {1 / NUM_VALUES:.3f}. Steps of every model: {steps}, then {Settings.last_steps} at all.",
             f"The far branch (dilation {dilation}) shows a head one position in {dilation}. A run of "
             f"{dilation} always holds one of them;",
             "a single token is seen directly only by questions of its own residue class.",

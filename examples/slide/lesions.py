@@ -18,7 +18,7 @@ TILE_SIZE = 256  # pixels
 FEATURES = 1536
 _SIDE = 125  # tiles along the edge of the field that tissue fills in part
 _TEXTURES = 8
-_LESION_SHARE = 0.02  # of all tiles; both lesions
+_LESION_SHARE = 0.08  # of all tiles; both lesions
 _FAR, _NEAR = 0.45, 0.02  # distances as shares of the edge: at least this far, at most this gap
 
 

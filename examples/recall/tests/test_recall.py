@@ -43,7 +43,7 @@ def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert recall.main(arguments) == 0
     text = capsys.readouterr().out
     assert "runs of 4, dilated" in text
-    assert "Steps of every model: 2 at 64, 2 at 128." in text
+    assert "Steps of every model: 2 at 64, 2 at 128, then 250 at all." in text
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
