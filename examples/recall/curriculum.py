@@ -31,7 +31,7 @@ class Branches:
     dilations: tuple[int, ...]
 
 
-DILATED = Branches((LOCAL_SEGMENT, LONGEST), (1, 4))
+DILATED = Branches((LOCAL_SEGMENT, 256, LONGEST), (1, 2, 4))
 LOCAL = Branches((LOCAL_SEGMENT,), (1,))
 
 

@@ -28,12 +28,12 @@ class SlideClassifier(nn.Module):
         self.encoder = SlideEncoder(
             FEATURES, 64, 2, 4, ffn_dim=128, dropout=0.0, drop_path_rate=0.0, **branches
         )
-        self.head = nn.Linear(64, 1)
+        self.head = nn.Linear(64, 5)
 
     def forward(self, features: Tensor, coords: Tensor) -> Tensor:
-        """(batch, tiles, 1536), (batch, tiles, 2) -> logits (batch,)."""
+        """(batch, tiles, 1536), (batch, tiles, 2) -> (batch, 5): logit of the label, report."""
         (embedding,) = self.encoder(features, coords)
-        return cast(Tensor, self.head(embedding)[:, 0])
+        return cast(Tensor, self.head(embedding))
 
 
 class MeanPooling(nn.Module):
@@ -42,16 +42,16 @@ class MeanPooling(nn.Module):
     def __init__(self, hidden: int = 256) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.LayerNorm(FEATURES), nn.Linear(FEATURES, hidden), nn.GELU(), nn.Linear(hidden, 1)
+            nn.LayerNorm(FEATURES), nn.Linear(FEATURES, hidden), nn.GELU(), nn.Linear(hidden, 5)
         )
 
     def forward(self, features: Tensor, coords: Tensor) -> Tensor:
-        """(batch, tiles, 1536) -> logits (batch,); coordinates play no part."""
-        return cast(Tensor, self.mlp(features.mean(1))[:, 0])
+        """(batch, tiles, 1536) -> (batch, 5): logit of the label, report; coordinates play no part."""
+        return cast(Tensor, self.mlp(features.mean(1)))
 
 
 def influence(model: nn.Module, slides: Slides) -> Tensor:
     """(batch, tiles): how much each tile's features move its slide's logit, |gradient . features|."""
     features = slides.features.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(model(features, slides.coords).sum(), features)
+    (gradient,) = torch.autograd.grad(model(features, slides.coords)[:, 0].sum(), features)
     return (gradient * features).sum(-1).detach().abs()

@@ -28,12 +28,15 @@ class Slides(NamedTuple):
     features: (batch, tiles, 1536) float32.
     coords: (batch, tiles, 2) float32, pixels of each tile's corner.
     lesion: (batch, tiles) bool.
+    report: (batch, 4) float32; mean and standard deviation of lesion tiles' x and y, as shares of
+        the edge.
     label: (batch,) float32; 1 = two distant lesions.
     """
 
     features: Tensor
     coords: Tensor
     lesion: Tensor
+    report: Tensor
     label: Tensor
 
 
@@ -76,23 +79,24 @@ def draw_slides(
 
 def _draw(
     looks: Looks, tiles: int, generator: torch.Generator, label: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     side = max(2, round(_SIDE * (tiles / 10_000) ** 0.5))
     # Tissue is where a smooth random field is high; textures follow other such fields.
     field = _smooth(1, side, generator)[0] - _dome(side)
     tissue = field.flatten().topk(tiles).indices.sort().values
     places = torch.stack((tissue % side, tissue // side), 1).float()  # x, y: rows of tiles in order
     texture = _smooth(_TEXTURES, side, generator).flatten(1)[:, tissue].argmax(0)
-    positive = (
-        torch.rand((), generator=generator) < 0.5 if label is None else torch.tensor(label) > 0
-    )
-    lesion = _lesions(places, side, bool(positive), generator)
+    chance = float(torch.rand((), generator=generator))
+    positive = chance > 0.5 if label is None else label > 0
+    lesion = _lesions(places, side, positive, generator)
     features = looks.textures[texture]
     features[lesion] = looks.lesion
     features += looks.grain[torch.randint(looks.grain.shape[0], (tiles,), generator=generator)]
     # The grid is centred on its cells, so that coarser slides cover the same pixels.
     coords = ((places + 0.5) * (_SIDE / side)).floor() * TILE_SIZE
-    return features, coords, lesion, positive.float()
+    inside = places[lesion] / side
+    report = torch.cat([inside.mean(0), inside.std(0)])
+    return features, coords, lesion, report, torch.tensor(float(positive))
 
 
 def _lesions(places: Tensor, side: int, distant: bool, generator: torch.Generator) -> Tensor:
