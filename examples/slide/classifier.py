@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated.models import SlideEncoder
-from lesions import FEATURES, Slides
+from lesions import FEATURES, REGIONS, Slides
 
 LOCAL_SEGMENT = 1024
 # The longest segment holds every slide, with its class token.
@@ -28,12 +28,13 @@ class SlideClassifier(nn.Module):
         self.encoder = SlideEncoder(
             FEATURES, 64, 2, 4, ffn_dim=128, dropout=0.0, drop_path_rate=0.0, **branches
         )
-        self.head = nn.Linear(64, 5)
+        self.label = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 1))
+        self.report = nn.Linear(64, REGIONS**2)
 
     def forward(self, features: Tensor, coords: Tensor) -> Tensor:
-        """(batch, tiles, 1536), (batch, tiles, 2) -> (batch, 5): logit of the label, report."""
+        """(batch, tiles, 1536), (batch, tiles, 2) -> (batch, 17): logit of the label, report."""
         (embedding,) = self.encoder(features, coords)
-        return cast(Tensor, self.head(embedding))
+        return torch.cat([self.label(embedding), self.report(embedding)], 1)
 
 
 class MeanPooling(nn.Module):
@@ -42,11 +43,11 @@ class MeanPooling(nn.Module):
     def __init__(self, hidden: int = 256) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.LayerNorm(FEATURES), nn.Linear(FEATURES, hidden), nn.GELU(), nn.Linear(hidden, 5)
+            nn.LayerNorm(FEATURES), nn.Linear(FEATURES, hidden), nn.GELU(), nn.Linear(hidden, 1 + REGIONS**2)
         )
 
     def forward(self, features: Tensor, coords: Tensor) -> Tensor:
-        """(batch, tiles, 1536) -> (batch, 5): logit of the label, report; coordinates play no part."""
+        """(batch, tiles, 1536) -> (batch, 17): logit of the label, report; coordinates play no part."""
         return cast(Tensor, self.mlp(features.mean(1)))
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 TILE_SIZE = 256  # pixels
 FEATURES = 1536
+REGIONS = 4  # along each edge, of the report
 _SIDE = 125  # tiles along the edge of the field that tissue fills in part
 _TEXTURES = 8
 _LESION_SHARE = 0.08  # of all tiles; both lesions
@@ -28,8 +29,7 @@ class Slides(NamedTuple):
     features: (batch, tiles, 1536) float32.
     coords: (batch, tiles, 2) float32, pixels of each tile's corner.
     lesion: (batch, tiles) bool.
-    report: (batch, 4) float32; mean and standard deviation of lesion tiles' x and y, as shares of
-        the edge.
+    report: (batch, 16) float32; the share of lesion tiles in each of 4 x 4 regions.
     label: (batch,) float32; 1 = two distant lesions.
     """
 
@@ -94,8 +94,9 @@ def _draw(
     features += looks.grain[torch.randint(looks.grain.shape[0], (tiles,), generator=generator)]
     # The grid is centred on its cells, so that coarser slides cover the same pixels.
     coords = ((places + 0.5) * (_SIDE / side)).floor() * TILE_SIZE
-    inside = places[lesion] / side
-    report = torch.cat([inside.mean(0), inside.std(0)])
+    cell = (places[lesion] * REGIONS / side).long()
+    report = torch.bincount(cell[:, 1] * REGIONS + cell[:, 0], minlength=REGIONS**2)
+    report = report / report.sum()
     return features, coords, lesion, report, torch.tensor(float(positive))
 
 
