@@ -1,4 +1,4 @@
-// What the masks of a call mean for one of its sequences.
+// What the masks of a call mean for one of its sequences: its length, its keys, its draws.
 #pragma once
 
 #include <cstddef>
@@ -16,6 +16,23 @@ inline Sequence used_sequence(const Plan& plan, const Masks& masks, std::size_t 
   const Sequence& sequence = plan.sequences()[index];
   return masks.seqused == nullptr ? sequence : sequence.cut(masks.seqused[index]);
 }
+
+/// Which keys of one batch element take part, by rows of the key tensor.
+class KeyFilter {
+ public:
+  KeyFilter(const Masks& masks, std::int64_t batch) {
+    if (masks.key_mask.defined()) {
+      stride_ = masks.key_mask.strides[1];
+      mask_ = static_cast<const unsigned char*>(masks.key_mask.data) +
+              batch * masks.key_mask.strides[0];
+    }
+  }
+  bool operator()(std::int64_t row) const { return mask_ == nullptr || mask_[row * stride_] != 0; }
+
+ private:
+  const unsigned char* mask_ = nullptr;
+  std::int64_t stride_ = 0;
+};
 
 /// Draws of one (sequence, head, branch); keeps everything without dropout.
 inline Dropout dropout_of(const Problem& problem, const Masks& masks, std::size_t sequence,

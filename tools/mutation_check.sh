@@ -34,7 +34,7 @@ mutants=(
   'backward: sign of dL|kernels/cpu/attention_backward.cpp|s/float delta = -dlse;/float delta = dlse;/|property_test'
   'backward: dP + delta|kernels/cpu/score_gradient-inl.h|s/hn::Sub\(block\.sum\[i\]\[v\], deltas\)/hn::Add(block.sum[i][v], deltas)/|property_test'
   'backward: delta under dropout|kernels/cpu/attention_backward.cpp|s/keep \* ds - delta\[i\]/keep * ds + delta[i]/|property_test'
-  'backward: sign of the residual|kernels/cpu/attention_backward.cpp|s/hn::Sub\(x, residual\)/hn::Add(x, residual)/|property_test'
+  'backward: sign of the residual|kernels/cpu/score_gradient-inl.h|s/hn::Sub\(x, residual\)/hn::Add(x, residual)/|property_test'
   'backward: count of a mean|kernels/cpu/attention_backward.cpp|s/branch\.residual \+ std::log2/branch.residual - std::log2/|property_test'
   'backward: saved rows of a window|kernels/cpu/attention_backward.cpp|s/geometry_\.first_slot\(sequence_\.queries\.begin\)/0/|window_test'
   'backward: hidden NaN|kernels/cpu/attention_backward.cpp|s/= diagonal && !tile_is_finite/= false \&\& !tile_is_finite/|nonfinite_test'

@@ -78,10 +78,10 @@ def _seed(
     return None if dropout_p == 0.0 else pair
 
 
-_NONE = _ops.Extras()
+_NONE = _ops.OptionalTensors()
 
 
-def extras_of(
+def optional_tensors(
     query: Tensor,
     options: Options,
     key_mask: Tensor | None,
@@ -89,7 +89,7 @@ def extras_of(
     cu_seqlens: Lengths | None,
     windows: Tensor | None,
     dropout_seed: SupportsIndex | Tensor | None,
-) -> tuple[_ops.Extras, Options]:
+) -> tuple[_ops.OptionalTensors, Options]:
     """Optional tensors as the operators take them, and options without what became one of them."""
     if (
         key_mask is seqused is cu_seqlens is windows is dropout_seed is None
@@ -104,7 +104,7 @@ def extras_of(
     if key_mask is not None:
         _require_tensor("key_mask", key_mask)
     device = query.device
-    extras = _ops.Extras(
+    optional = _ops.OptionalTensors(
         key_mask,
         lengths("seqused", seqused, device),
         lengths("cu_seqlens", cu_seqlens, torch.device("cpu")),
@@ -112,4 +112,4 @@ def extras_of(
         _seed(options.dropout_p, dropout_seed, device),
         scale_tensor,
     )
-    return extras, options
+    return optional, options

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchscale_restated import arguments
 
 import dilated
 from dilated import models
+from dilated.compat import torchscale
 
 LISTS: dict[str, Any] = {"segments": [8, 32], "dilations": [1, 4]}
 
@@ -43,6 +45,9 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "DecoderLayer": lambda: models.DecoderLayer(32, 4, **LISTS, num_kv_heads=2, ffn_dim=48),
     "LongNet": lambda: models.LongNet(32, 2, 4, **LISTS, ffn_dim=48, xpos_scale_base=512.0),
     "LongNetLM": lambda: models.LongNetLM(31, 32, 2, 4, **LISTS, ffn_dim=48, dropout=0.1),
+    "torchscale": lambda: torchscale.DilatedAttention(
+        arguments(xpos_rel_pos=True), 32, 4, dropout=0.1, self_attention=True, subln=True
+    ),
     "SlideEncoder": lambda: models.SlideEncoder(12, 32, 2, 4, **LISTS, slide_ngrids=40),
 }
 
@@ -51,6 +56,8 @@ def inputs(name: str, batch: int = 2, dtype: torch.dtype = torch.float32) -> tup
     """What the module is called with; drawn."""
     if name == "DilatedAttention":
         return tuple(torch.randn(batch, 20, 4, 8, dtype=dtype) for _ in range(3))
+    if name == "torchscale":
+        return (torch.randn(batch, 20, 32, dtype=dtype),) * 3
     if name == "LongNetLM":
         return (torch.randint(31, (batch, 20)),)
     if name == "SlideEncoder":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from support import oracle
+from torch import Tensor, nn
 
 
 def layer_norm(x: Tensor, weights: dict[str, Tensor], name: str, eps: float = 1e-5) -> Tensor:
@@ -139,3 +141,85 @@ def gigapath_slide_encoder(
         x = after_attention(x, torch.cat(outs, -1), weights, layer)
         states.append(x)
     return states, layer_norm(x, weights, "encoder.layer_norm")
+
+
+def arguments(**changes: Any) -> SimpleNamespace:
+    """The eight attributes that upstream reads."""
+    return SimpleNamespace(
+        **{
+            "flash_attention": True,
+            "segment_length": [4, 8],
+            "dilated_ratio": [1, 2],
+            "seq_parallel": False,
+            "multiway": False,
+            "layernorm_eps": 1e-5,
+            "xpos_rel_pos": False,
+            "xpos_scale_base": 512,
+            **changes,
+        }
+    )
+
+
+class Xpos(nn.Module):
+    """torchscale's module: (rows, length, D), for positions offset, ..., offset + length - 1."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.zeros(head_dim // 2))
+
+    def forward(self, x: Tensor, offset: int = 0, downscale: bool = False) -> Tensor:
+        before = x.new_zeros(offset, x.shape[2])
+        return torch.stack([xpos(torch.cat([before, row]), downscale)[offset:] for row in x])
+
+
+class DilatedAttention(nn.Module):
+    """torchscale's class: its attributes and, slowly, its numbers; float64 only."""
+
+    def __init__(
+        self,
+        args: Any,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        self_attention: bool = False,
+        encoder_decoder_attention: bool = False,
+        subln: bool = False,
+    ) -> None:
+        super().__init__()
+        self.args, self.embed_dim, self.num_heads = args, embed_dim, num_heads
+        self.head_dim = embed_dim // num_heads
+        self.dropout = dropout
+        self.k_proj = nn.Linear(embed_dim, embed_dim)
+        self.v_proj = nn.Linear(embed_dim, embed_dim)
+        self.q_proj = nn.Linear(embed_dim, embed_dim)
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        self.inner_attn_ln = nn.LayerNorm(embed_dim, eps=args.layernorm_eps) if subln else None
+        self.xpos = Xpos(self.head_dim) if args.xpos_rel_pos else None
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, **_: Any
+    ) -> tuple[Tensor, None]:
+        heads = (self.num_heads, self.head_dim)
+        q = self.q_proj(query).unflatten(-1, heads)
+        k = self.k_proj(key).unflatten(-1, heads)
+        v = self.v_proj(value).unflatten(-1, heads)
+        outs = []
+        for sequence in zip(q, k, v, strict=True):
+            rows = list(sequence)
+            if self.xpos is not None:
+                rows[:2] = (
+                    self.xpos(x.transpose(0, 1), downscale=down).transpose(0, 1)
+                    for x, down in ((rows[0], False), (rows[1], True))
+                )
+            out = oracle.torchscale_literal(
+                *(x.tolist() for x in rows),
+                [int(w) for w in self.args.segment_length],
+                [int(r) for r in self.args.dilated_ratio],
+                is_causal,
+                lse_zero_hack=False,
+            )
+            outs.append(torch.tensor(out, dtype=query.dtype).flatten(1))
+        out = torch.stack(outs)
+        if self.inner_attn_ln is not None:
+            out = self.inner_attn_ln(out)
+        return self.out_proj(out), None

@@ -1,6 +1,7 @@
 """Models made of dilated attention, their layers and positions."""
 
 from dilated.models.branches import Branches, choose_branches
+from dilated.models.heat_map import heat_map, heat_map_figure
 from dilated.models.layers import DecoderLayer, EncoderLayer
 from dilated.models.longnet import LongNet, LongNetLM
 from dilated.models.slide_encoder import SlideEncoder, slide_positions, slide_segments
@@ -16,6 +17,8 @@ __all__ = [
     "XposTables",
     "apply_xpos",
     "choose_branches",
+    "heat_map",
+    "heat_map_figure",
     "slide_positions",
     "slide_segments",
     "xpos_tables",

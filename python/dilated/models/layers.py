@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dilated._inputs import lengths, require_parameter_dtype
 from dilated._options import COLUMN_SUM_PRESETS, OPTION_DEFAULTS
+from dilated._plan import plan
 from dilated.errors import InvalidProblem, Unsupported, message
 from dilated.functional import dilated_attention
 from dilated.models.sequences import sequence_of_row
@@ -99,29 +99,16 @@ class SelfAttention(nn.Module):
         self.dropout = dropout
         self.head_dim = embed_dim // num_heads
         kv_dim = self.head_dim * num_kv_heads
-        # One position says now whether options and heads fit; the operator knows the rules.
-        self._attend(
-            torch.zeros(1, 1, num_heads, self.head_dim, device="cpu"),
-            *(torch.zeros(1, 1, num_kv_heads, self.head_dim, device="cpu") for _ in range(2)),
-            layout="bshd", dropout_p=0.0,
+        # One position says now whether options and heads fit; the core knows the rules.
+        plan(
+            1, num_heads, num_kv_heads=num_kv_heads, head_dim=self.head_dim,
+            segments=self.segments, dilations=self.dilations, **self.options,
         )  # fmt: skip
         self.q_proj = nn.Linear(embed_dim, embed_dim)
         self.k_proj = nn.Linear(embed_dim, kv_dim)
         self.v_proj = nn.Linear(embed_dim, kv_dim)
         self.inner_attn_ln = nn.LayerNorm(embed_dim, eps=layer_norm_eps)
         self.out_proj = nn.Linear(embed_dim, embed_dim)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Tensor:
-        out: Tensor = dilated_attention(
-            query,
-            key,
-            value,
-            segments=self.segments,
-            dilations=self.dilations,
-            row_shift=self.row_shift,
-            **{**self.options, **call},
-        )
-        return out
 
     def forward(self, x: Tensor, tables: XposTables | None, sequences: Mapping[str, Any]) -> Tensor:
         """(batch, seqlen, embed_dim) or packed (total, embed_dim) -> the same.
@@ -135,12 +122,19 @@ class SelfAttention(nn.Module):
         )
         if tables is not None:
             query, key = apply_xpos(query, tables.query), apply_xpos(key, tables.key)
-        out = self._attend(
+        call: dict[str, Any] = {
+            **self.options,
+            "layout": "shd" if x.dim() == 2 else "bshd",
+            "dropout_p": self.dropout if self.training else 0.0,
+        }
+        out: Tensor = dilated_attention(
             query,
             key,
             value,
-            layout="shd" if x.dim() == 2 else "bshd",
-            dropout_p=self.dropout if self.training else 0.0,
+            segments=self.segments,
+            dilations=self.dilations,
+            row_shift=self.row_shift,
+            **call,
             **sequences,
         )
         return cast(Tensor, self.out_proj(self.inner_attn_ln(out.flatten(-2))))

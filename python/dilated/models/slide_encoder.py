@@ -248,8 +248,10 @@ class SlideEncoder(nn.Module):
                 ffn_dim=widening.shape[0],
                 **options,
             )
-        model = model.to(projection.dtype).to_empty(device=projection.device)
-        model.load_state_dict(state_dict)
+        # Assigned, not filled in: torch's to_empty from meta would import much, and set globals.
+        device, dtype = projection.device, projection.dtype
+        copies = {name: w.detach().to(device, dtype, copy=True) for name, w in state_dict.items()}
+        model.load_state_dict(copies, assign=True)
         return model
 
     def forward(

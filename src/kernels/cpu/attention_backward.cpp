@@ -25,7 +25,6 @@
 #include "src/kernels/cpu/addressing.h"
 #include "src/kernels/cpu/attention.h"
 #include "src/kernels/cpu/decision.h"
-#include "src/kernels/cpu/key_filter.h"
 #include "src/kernels/cpu/score_units.h"
 #include "src/kernels/cpu/scratch.h"
 #include "src/kernels/cpu/work_items.h"
@@ -36,7 +35,6 @@
 #include "hwy/foreach_target.h"  // includes this file once per target
 #include "hwy/highway.h"
 
-#include "src/kernels/cpu/exp-inl.h"
 #include "src/kernels/cpu/gemm-inl.h"
 #include "src/kernels/cpu/gradient_sums-inl.h"
 #include "src/kernels/cpu/pack-inl.h"
@@ -258,9 +256,10 @@ class BackwardSegment {
 
     multiply(Broadcast{query, stride, 1}, rows, head_dim_, scratch_.key_columns, kTileLanes, keys,
              StoreAndPrefetch{{probability, kTileLanes}, &upcoming_});
-    exponentiate(rows, keys, slot);
+    exponentiate(probability, units_.factor(), scratch_.row_base + slot,
+                 scratch_.row_residual + slot, rows, keys);
     if (diagonal) {
-      hide_later_keys(probability, first, rows, keys);
+      hide_later_keys(probability, scratch_.key_row, first, rows, keys);
     }
     const float* const delta = scratch_.row_delta + slot;
     const Broadcast dout_rows{dout, stride, 1};
@@ -274,7 +273,7 @@ class BackwardSegment {
                StoreScoreGradient{dscore, probability, delta});
     }
     if (apart) {
-      hide_later_keys(dscore, first, rows, keys);
+      hide_later_keys(dscore, scratch_.key_row, first, rows, keys);
       add_seen_pairs(first, slot, rows, keys);
       return;
     }
@@ -371,35 +370,6 @@ class BackwardSegment {
     }
   }
 
-  /// P = 2^(f (S - base) - residual), at most 1 as lse_row is at least every score. Product and
-  /// difference are rounded one by one, as in the residual itself.
-  void exponentiate(std::size_t rows, std::size_t keys, std::int64_t slot) const {
-    const FloatTag tag;
-    const FloatVector factor = hn::Set(tag, units_.factor());
-    for (std::size_t i = 0; i < rows; ++i) {
-      float* const row = scratch_.probability + i * kTileLanes;
-      const FloatVector base = hn::Set(tag, scratch_.row_base[slot + static_cast<std::int64_t>(i)]);
-      const FloatVector residual =
-          hn::Set(tag, scratch_.row_residual[slot + static_cast<std::int64_t>(i)]);
-      for (std::size_t k = 0; k < keys; k += kVectorFloats) {
-        const FloatVector x = hn::Mul(factor, hn::Sub(hn::LoadU(tag, row + k), base));
-        hn::StoreU(exp2_at_most_one(hn::Sub(x, residual)), tag, row + k);
-      }
-    }
-  }
-
-  /// Causal mask of a tile on the diagonal: 0 where the key is later.
-  void hide_later_keys(float* tile, std::int64_t first, std::size_t rows, std::size_t keys) const {
-    for (std::size_t i = 0; i < rows; ++i) {
-      float* const row = tile + i * kTileLanes;
-      const std::int64_t* const end = scratch_.key_row + keys;
-      const std::int64_t* const hidden =
-          std::upper_bound(static_cast<const std::int64_t*>(scratch_.key_row), end,
-                           first + static_cast<std::int64_t>(i));
-      std::fill(row + (hidden - scratch_.key_row), row + keys, 0.0f);
-    }
-  }
-
   /// dS = P (keep (g.v) - delta), then P := keep P; `dscore` holds g.v on entry. keep is 1 without
   /// dropout.
   void score_gradient(std::int64_t first, std::size_t rows, std::size_t keys,
@@ -453,7 +423,7 @@ class BackwardSegment {
   BranchGeometry geometry_;
   std::size_t head_dim_;
   std::size_t padded_;
-  cpu::KeyFilter keys_;
+  KeyFilter keys_;
   RowStream upcoming_;
 };
 

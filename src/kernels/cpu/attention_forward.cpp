@@ -16,7 +16,6 @@
 #include "src/kernels/cpu/attention.h"
 #include "src/kernels/cpu/branch_rows.h"
 #include "src/kernels/cpu/decision.h"
-#include "src/kernels/cpu/key_filter.h"
 #include "src/kernels/cpu/score_units.h"
 #include "src/kernels/cpu/scratch.h"
 #include "src/kernels/cpu/work_items.h"
@@ -417,7 +416,7 @@ class ForwardBlock {
   Range used_;   // those of them that exist
   std::size_t head_dim_;
   std::size_t padded_;
-  cpu::KeyFilter keys_;
+  KeyFilter keys_;
   RowStream upcoming_;
 };
 

@@ -20,8 +20,8 @@ namespace dilated::HWY_NAMESPACE {
 /// Prefetches rows that will be packed or updated soon, a few at a time between blocks of a
 /// product. Rows of one class lie far apart (one page each), so the hardware does not see them
 /// coming, and in one burst they would stall on the 16 outstanding misses of a core. Without it
-/// (2 cores with AVX2, minima of 6 interleaved runs) forward takes 4 to 9 % longer, backward 2 to
-/// 5 %, of head_dim 24, 48 and 64.
+/// (2 cores with AVX2, minima of 6 interleaved runs) forward takes 4 to 8 % longer, backward 2 to
+/// 4 %, of head_dim 24, 48 and 64.
 class RowStream {
  public:
   /// Forgets what is left.

@@ -1,5 +1,5 @@
-// How the products of the backward pass write a tile of scores and of their gradients, query rows x
-// 64 key lanes.
+// One tile of the backward pass, query rows x 64 key lanes: how products write scores and their
+// gradients, probabilities, and the causal mask.
 
 #if defined(DILATED_KERNELS_CPU_SCORE_GRADIENT_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef DILATED_KERNELS_CPU_SCORE_GRADIENT_INL_H_
@@ -8,10 +8,13 @@
 #define DILATED_KERNELS_CPU_SCORE_GRADIENT_INL_H_
 #endif
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
 
 #include "hwy/highway.h"
 
+#include "src/kernels/cpu/exp-inl.h"
 #include "src/kernels/cpu/gemm-inl.h"
 #include "src/kernels/cpu/row_stream-inl.h"
 #include "src/kernels/cpu/scratch.h"
@@ -54,6 +57,35 @@ struct StoreScoreGradient {
     }
   }
 };
+
+/// S becomes P = 2^(f (S - base) - residual), at most 1 as lse_row is at least every score. Product
+/// and difference are rounded one by one, as in the residual itself.
+HWY_INLINE void exponentiate(float* tile, float factor, const float* row_base,
+                             const float* row_residual, std::size_t rows, std::size_t keys) {
+  const FloatTag tag;
+  const FloatVector factors = hn::Set(tag, factor);
+  for (std::size_t i = 0; i < rows; ++i) {
+    float* const row = tile + i * kTileLanes;
+    const FloatVector base = hn::Set(tag, row_base[i]);
+    const FloatVector residual = hn::Set(tag, row_residual[i]);
+    for (std::size_t k = 0; k < keys; k += kVectorFloats) {
+      const FloatVector x = hn::Mul(factors, hn::Sub(hn::LoadU(tag, row + k), base));
+      hn::StoreU(exp2_at_most_one(hn::Sub(x, residual)), tag, row + k);
+    }
+  }
+}
+
+/// Causal mask of a tile on the diagonal: 0 where the key is later than row `tile_first` + i of the
+/// class.
+HWY_INLINE void hide_later_keys(float* tile, const std::int64_t* key_row, std::int64_t tile_first,
+                                std::size_t rows, std::size_t keys) {
+  for (std::size_t i = 0; i < rows; ++i) {
+    float* const row = tile + i * kTileLanes;
+    const std::int64_t* const hidden =
+        std::upper_bound(key_row, key_row + keys, tile_first + static_cast<std::int64_t>(i));
+    std::fill(row + (hidden - key_row), row + keys, 0.0f);
+  }
+}
 
 }  // namespace dilated::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

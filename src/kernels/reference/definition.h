@@ -103,12 +103,6 @@ class Definition {
   }
 
  private:
-  bool key_takes_part(std::int64_t batch, std::int64_t row) const {
-    const auto& mask = masks_.key_mask;
-    return !mask.defined() || static_cast<const std::uint8_t*>(
-                                  mask.data)[batch * mask.strides[0] + row * mask.strides[1]] != 0;
-  }
-
   double merge_weight(const Row& row, double branch_lse) const {
     switch (plan_.problem().merge) {
       case Merge::kLse:
@@ -132,9 +126,10 @@ class Definition {
 
     double top = kAbsentLse<double>;
     const RowSpan keys = geometry.span(segment, offset, sequence.keys, sequence.key_row);
+    const KeyFilter takes_part(masks_, sequence.batch);
     for (std::int64_t i = keys.first; i < keys.last; ++i) {
       const std::int64_t j = geometry.position(segment, offset, i);
-      if ((problem.is_causal && j > p) || !key_takes_part(sequence.batch, keys.row(i))) {
+      if ((problem.is_causal && j > p) || !takes_part(keys.row(i))) {
         continue;
       }
       const Element* k = row_at<Element>(key_, sequence.batch, keys.row(i), kv_head(head));
