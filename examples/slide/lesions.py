@@ -1,6 +1,6 @@
 """Synthetic slides: tiles of tissue with features and coordinates, and two lesions somewhere.
 
-A slide is positive if its lesions lie far apart, negative if they touch or are one. Both kinds have
+A slide is positive if its lesions lie far apart, negative if they are neighbours. Both kinds have
 as many lesion tiles of the same look, so neither a tile nor the mean of all tiles tells them apart:
 a model must relate two places. Shapes are those of a real slide, 10,000 tiles of 1536 features.
 """
@@ -17,10 +17,12 @@ from torch.nn import functional
 TILE_SIZE = 256  # pixels
 FEATURES = 1536
 REGIONS = 4  # along each edge, of the report
-_SIDE = 125  # tiles along the edge of the field that tissue fills in part
-_TEXTURES = 8
-_LESION_SHARE = 0.08  # of all tiles; both lesions
-_FAR, _NEAR = 0.45, 0.02  # distances as shares of the edge: at least this far, at most this gap
+LESION_SHARE = 0.08  # of all tiles; both lesions
+SIDE = 125  # tiles along the edge of the field that tissue fills in part
+FAR = 0.45  # from centre to centre, as a share of the edge: at least, of distant lesions
+_GAP = 0.02  # as a share of the edge: at most, between neighbours
+_TEXTURES, _GRAINS = 8, 8192
+_TEXTURE_SCALE, _GRAIN_SCALE = 0.4, 0.2
 
 
 class Slides(NamedTuple):
@@ -29,8 +31,8 @@ class Slides(NamedTuple):
     features: (batch, tiles, 1536) float32.
     coords: (batch, tiles, 2) float32, pixels of each tile's corner.
     lesion: (batch, tiles) bool.
-    report: (batch, 16) float32; the share of lesion tiles in each of 4 x 4 regions.
-    label: (batch,) float32; 1 = two distant lesions.
+    report: (batch, 16) float32; how lesion tiles share out among 4 x 4 regions, row by row.
+    label: (batch,) float32; 1 = distant lesions.
     """
 
     features: Tensor
@@ -42,91 +44,85 @@ class Slides(NamedTuple):
 
 @dataclass(frozen=True)
 class Looks:
-    """What tiles look like: prototypes of textures, of the lesion, and of what varies.
+    """What tiles look like: a tile's features are its kind's row and a random grain's.
 
-    textures: (8, 1536); lesion: (1536,); grain: (8192, 1536), rows to draw from.
+    rows: (9 + 8192, 1536) float32: eight textures, the lesion, and grains to draw from.
     """
 
-    textures: Tensor
-    lesion: Tensor
-    grain: Tensor
+    rows: Tensor
 
     @classmethod
     def draw(cls, seed: int) -> Looks:
-        """Independent normal prototypes: the tile encoder that came before does its work."""
+        """Independent normal numbers: the tile encoder that came before does its work."""
         generator = torch.Generator().manual_seed(seed)
-        textures, lesion, grain = (
-            torch.randn(rows, FEATURES, generator=generator) for rows in (_TEXTURES, 1, 8192)
-        )
-        return cls(textures, lesion[0], grain)
+        rows = torch.randn(_TEXTURES + 1 + _GRAINS, FEATURES, generator=generator)
+        rows[: _TEXTURES + 1] *= _TEXTURE_SCALE
+        rows[_TEXTURES + 1 :] *= _GRAIN_SCALE
+        return cls(rows)
+
+    def features(self, kinds: Tensor, generator: torch.Generator) -> Tensor:
+        """Kinds (batch, tiles) -> (batch, tiles, 1536): 0 to 7 are textures, 8 the lesion."""
+        first = _TEXTURES + 1
+        grains = torch.randint(first, first + _GRAINS, kinds.shape, generator=generator)
+        pairs = torch.stack((kinds, grains), -1).flatten(0, 1)
+        # Sums of two rows without copies of either: drawing must not cost more than training.
+        return functional.embedding_bag(pairs, self.rows, mode="sum").unflatten(0, kinds.shape)
 
 
-def draw_slides(
-    looks: Looks, batch: int, tiles: int, generator: torch.Generator, *, label: float | None = None
-) -> Slides:
-    """Draws slides, each label as likely as the other.
+def draw_slides(looks: Looks, labels: Tensor, tiles: int, generator: torch.Generator) -> Slides:
+    """Draws one slide for each label.
 
     Args:
         looks: shared by all slides.
-        batch: how many.
+        labels: (batch,) bool; True = distant lesions.
         tiles: of each slide; fewer tiles are the same slide seen coarser.
         generator: of the draw.
-        label: of all of them; None draws it.
     """
-    drawn = [_draw(looks, tiles, generator, label) for _ in range(batch)]
-    return Slides(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
-
-
-def _draw(
-    looks: Looks, tiles: int, generator: torch.Generator, label: float | None
-) -> tuple[Tensor, ...]:
-    side = max(2, round(_SIDE * (tiles / 10_000) ** 0.5))
+    batch = labels.numel()
+    side = max(4, round(SIDE * (tiles / 10_000) ** 0.5))
     # Tissue is where a smooth random field is high; textures follow other such fields.
-    field = _smooth(1, side, generator)[0] - _dome(side)
-    tissue = field.flatten().topk(tiles).indices.sort().values
-    places = torch.stack((tissue % side, tissue // side), 1).float()  # x, y: rows of tiles in order
-    texture = _smooth(_TEXTURES, side, generator).flatten(1)[:, tissue].argmax(0)
-    chance = float(torch.rand((), generator=generator))
-    positive = chance > 0.5 if label is None else label > 0
-    lesion = _lesions(places, side, positive, generator)
-    features = looks.textures[texture]
-    features[lesion] = looks.lesion
-    features += looks.grain[torch.randint(looks.grain.shape[0], (tiles,), generator=generator)]
+    field = (_smooth(batch, 1, side, generator)[:, 0] - _dome(side)).flatten(1)
+    tissue = field.topk(tiles).indices.sort().values
+    places = torch.stack((tissue % side, tissue // side), -1).float()  # x, y; tiles row by row
+    textures = _smooth(batch, _TEXTURES, side, generator).flatten(2)
+    kinds = textures.gather(2, tissue[:, None].expand(-1, _TEXTURES, -1)).argmax(1)
+    lesion = _lesions(places, labels, side, generator)
+    kinds = kinds.masked_fill(lesion, _TEXTURES)
     # The grid is centred on its cells, so that coarser slides cover the same pixels.
-    coords = ((places + 0.5) * (_SIDE / side)).floor() * TILE_SIZE
-    cell = (places[lesion] * REGIONS / side).long()
-    report = torch.bincount(cell[:, 1] * REGIONS + cell[:, 0], minlength=REGIONS**2)
-    report = report / report.sum()
-    return features, coords, lesion, report, torch.tensor(float(positive))
+    coords = ((places + 0.5) * (SIDE / side)).floor() * TILE_SIZE
+    cell = (places * REGIONS / side).long()
+    region = functional.one_hot(cell[..., 1] * REGIONS + cell[..., 0], REGIONS**2)
+    report = (region * lesion[..., None]).sum(1) / lesion.sum(1, keepdim=True)
+    return Slides(looks.features(kinds, generator), coords, lesion, report, labels.float())
 
 
-def _lesions(places: Tensor, side: int, distant: bool, generator: torch.Generator) -> Tensor:
-    """(tiles,) bool: two patches of adjacent tiles around two centres, of equal area."""
-    tiles = places.shape[0]
-    each = max(1, round(_LESION_SHARE * tiles / 2))
+def _lesions(places: Tensor, distant: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """(batch, tiles) bool: two patches of adjacent tiles around two centres, of equal area."""
+    batch, tiles, _ = places.shape
+    each = max(1, round(LESION_SHARE * tiles / 2))
     diameter = 2 * (each / torch.pi) ** 0.5
+    rows = torch.arange(batch)
+    first = torch.randint(tiles, (batch,), generator=generator)
     while True:
-        first = torch.randint(tiles, (), generator=generator)
-        distance = (places - places[first]).norm(dim=1)
-        if distant:
-            fits = distance > _FAR * side
-        else:  # from one patch of twice the area to two with a narrow gap
-            fits = distance < diameter + _NEAR * side
-        candidates = fits.nonzero()[:, 0]
-        if candidates.numel():
+        away = (places - places[rows, first, None]).norm(dim=2)
+        near = (away >= diameter) & (away <= diameter + max(1.0, _GAP * side))
+        fits = torch.where(distant[:, None], away >= FAR * side, near)
+        stuck = ~fits.any(1)  # nothing of this slide is that far from there
+        if not stuck.any():
             break
-    second = candidates[torch.randint(candidates.numel(), (), generator=generator)]
-    lesion = torch.zeros(tiles, dtype=torch.bool)
+        first = torch.where(stuck, torch.randint(tiles, (batch,), generator=generator), first)
+    second = torch.rand(batch, tiles, generator=generator).masked_fill(~fits, -1).argmax(1)
+    lesion = torch.zeros(batch, tiles, dtype=torch.bool)
     for centre in (first, second):
-        away = (places - places[centre]).norm(dim=1).masked_fill(lesion, torch.inf)
-        lesion[away.topk(each, largest=False).indices] = True
+        away = (places - places[rows, centre, None]).norm(dim=2).masked_fill(lesion, torch.inf)
+        lesion.scatter_(1, away.topk(each, largest=False).indices, True)
     return lesion
 
 
-def _smooth(count: int, side: int, generator: torch.Generator) -> Tensor:
-    """(count, side, side): random fields that vary over a sixth of the edge."""
-    coarse = torch.randn(1, count, 8, 8, generator=generator)
-    return functional.interpolate(coarse, (side, side), mode="bicubic", align_corners=True)[0]
+def _smooth(batch: int, count: int, side: int, generator: torch.Generator) -> Tensor:
+    """(batch, count, side, side): random fields that vary over a seventh of the edge."""
+    coarse = torch.randn(batch, count, 8, 8, generator=generator)
+    return functional.interpolate(coarse, (side, side), mode="bicubic", align_corners=True)
 
 
 def _dome(side: int) -> Tensor:
