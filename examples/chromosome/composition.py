@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ def window_means(embedding: Tensor, window: int) -> Tensor:
 def _windows(rows: Tensor, window: int) -> Tensor:
     window = min(window, rows.shape[0])
     whole = rows.shape[0] // window
-    return rows[: whole * window].unflatten(0, (whole, window))
+    return cast(Tensor, rows[: whole * window].unflatten(0, (whole, window)))
 
 
 def principal_components(points: Tensor, count: int) -> NDArray[np.float64]:
@@ -55,4 +55,5 @@ def principal_components(points: Tensor, count: int) -> NDArray[np.float64]:
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
     directions = directions[:count]
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-    return (centred @ (directions * largest.sign()).T).numpy()
+    turned: NDArray[np.float64] = (centred @ (directions * largest.sign()).T).numpy()
+    return turned

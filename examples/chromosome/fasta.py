@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -32,18 +33,21 @@ def read_records(path: Path) -> dict[str, NDArray[np.uint8]]:
     try:
         with _OPENERS.get(path.suffix, open)(path, "rb") as file:
             content: bytes = file.read()
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise Refused(f"--fasta: expected a readable file, got {path} ({reason})") from None
     head, *records = (b"\n" + content).split(b"\n>")
     if head.strip() or not records:
         raise Refused(f"--fasta: expected a file that starts with '>', got {path}")
-    sequences = {}
+    sequences: dict[str, NDArray[np.uint8]] = {}
     for record in records:
         title, _, lines = record.partition(b"\n")
         letters = np.frombuffer(lines.translate(None, b"\r\n\t "), np.uint8)
-        name = title.decode(errors="replace").split()
-        sequences[name[0] if name else f"record {len(sequences) + 1}"] = _CODES[letters]
+        words = title.decode(errors="replace").split()
+        name = words[0] if words else f"record {len(sequences) + 1}"
+        if name in sequences:
+            raise Refused(f"--fasta: expected names that differ, got {name} twice in {path}")
+        sequences[name] = _CODES[letters]
     return sequences
 
 

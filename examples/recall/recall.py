@@ -67,6 +67,8 @@ def _recall(options: Namespace) -> int:
         raise Refused(f"--longest: expected {_LENGTHS[0]} to {LONGEST}, got {options.longest}")
     if options.out.suffix not in (".png", ".svg"):
         raise Refused(f"--out: expected a name ending in .png or .svg, got {options.out}")
+    if not options.out.parent.is_dir():
+        raise Refused(f"--out: expected a name in a folder that exists, got {options.out}")
     for flag in ("most_steps", "answers", "threads"):
         if getattr(options, flag) < 1:
             name = flag.replace("_", "-")
@@ -97,7 +99,10 @@ def compare(
     ):
         pace = rows[0].trained.steps if rows else None
         with tqdm(
-            desc=name, unit="step", file=sys.stdout, total=pace and sum(pace.values()) + settings.last_steps
+            desc=name,
+            unit="step",
+            file=sys.stdout,
+            total=pace and sum(pace.values()) + settings.last_steps,
         ) as bar:
             trained = train(
                 task, lengths, of_model, most_steps=most_steps, pace=pace, show=_on(bar)
@@ -133,9 +138,10 @@ def table(rows: list[Row]) -> str:
     return "\n".join(
         [
             *lines,
-            f"Chance is {1 / NUM_VALUES:.3f}. Steps of every model: {steps}, then {Settings.last_steps} at all.",
-            f"The far branch (dilation {dilation}) shows a head one position in {dilation}. A run of "
-            f"{dilation} always holds one of them;",
+            f"Chance is {1 / NUM_VALUES:.3f}. Steps of every model: {steps}, then "
+            f"{Settings.last_steps} at all.",
+            f"The far branch (dilation {dilation}) shows a head one position in {dilation}: always "
+            f"one of a run of {dilation};",
             "a single token is seen directly only by questions of its own residue class.",
             "",
         ]

@@ -45,9 +45,7 @@ class MeanPooling(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(FEATURES + 2, 256), nn.GELU(), nn.Linear(256, _OUTPUTS)
-        )
+        self.mlp = nn.Sequential(nn.Linear(FEATURES + 2, 256), nn.GELU(), nn.Linear(256, _OUTPUTS))
 
     def forward(self, features: Tensor, coords: Tensor) -> Tensor:
         """(batch, tiles, 1536), (batch, tiles, 2) -> (batch, 17): logits of label and report."""

@@ -66,7 +66,8 @@ class Looks:
         grains = torch.randint(first, first + _GRAINS, kinds.shape, generator=generator)
         pairs = torch.stack((kinds, grains), -1).flatten(0, 1)
         # Sums of two rows without copies of either: drawing must not cost more than training.
-        return functional.embedding_bag(pairs, self.rows, mode="sum").unflatten(0, kinds.shape)
+        sums = functional.embedding_bag(pairs, self.rows, mode="sum")
+        return sums.view(*kinds.shape, FEATURES)
 
 
 def draw_slides(looks: Looks, labels: Tensor, tiles: int, generator: torch.Generator) -> Slides:

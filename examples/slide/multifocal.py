@@ -28,8 +28,8 @@ from classifier import (
 )
 from dilated import InvalidProblem, Unsupported
 from dilated.cli import Parser, Refused, integer, run
-from drawing import Shown, slide_figure
 from lesions import FEATURES, LESION_SHARE, Looks, Slides, draw_slides
+from slide_map import Shown, slide_figure
 
 _TILES = 10_000
 _WARMUP_STEPS, _LEARNING_RATE = 30, 3e-3

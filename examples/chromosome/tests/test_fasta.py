@@ -61,7 +61,10 @@ def test_compressed(tmp_path: Path, suffix: str, compress: Callable[[bytes], byt
         ("text.fa", b"ACGT\n", "--fasta: expected a file that starts with '>'"),
         ("empty.fa", b"", "--fasta: expected a file that starts with '>'"),
         ("broken.gz", b"\x1f\x8b\x08", "--fasta: expected a readable file"),
+        ("cut.gz", gzip.compress(b">a\nACGT")[:12], "--fasta: expected a readable file"),
+        ("bits.gz", gzip.compress(b">a")[:10] + b"\xff" * 9, "--fasta: expected a readable file"),
         ("broken.xz", b"no", "--fasta: expected a readable file"),
+        ("twice.fa", b">a\nA\n>a b\nC", "--fasta: expected names that differ"),
     ],
 )
 def test_damaged(tmp_path: Path, name: str, content: bytes, message: str) -> None:
