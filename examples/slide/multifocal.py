@@ -90,8 +90,8 @@ def _multifocal(options: Namespace) -> int:
         raise Refused(f"--out: expected a name ending in .png or .svg, got {options.out}")
     if not options.out.parent.is_dir():
         raise Refused(f"--out: expected a name in a folder that exists, got {options.out}")
-    for flag, value in (("slides", options.slides), ("threads", options.threads or 1)):
-        if value < 1:
+    for flag, value in (("slides", options.slides), ("threads", options.threads)):
+        if value is not None and value < 1:
             raise Refused(f"--{flag}: expected >= 1, got {value}")
     if not 0 < options.steps < float("inf"):
         raise Refused(f"--steps: expected a finite number > 0, got {options.steps}")

@@ -2,55 +2,77 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lesions import TILE_SIZE, Looks, Slides, draw_slides
+from lesions import FAR, LESION_SHARE, REGIONS, SIDE, TILE_SIZE, Looks, Slides, draw_slides
 
 LOOKS = Looks.draw(0)
 
 
-def draw(tiles: int, seed: int, label: float | None = None, batch: int = 1) -> Slides:
-    return draw_slides(LOOKS, batch, tiles, torch.Generator().manual_seed(seed), label=label)
+def draw(tiles: int, seed: int, *labels: bool) -> Slides:
+    return draw_slides(LOOKS, torch.tensor(labels), tiles, torch.Generator().manual_seed(seed))
 
 
 @settings(deadline=None, max_examples=15)
 @given(
-    tiles=st.sampled_from([400, 2500]), seed=st.integers(0, 2**31), label=st.sampled_from([0, 1])
+    tiles=st.sampled_from([100, 400, 2500]),
+    seed=st.integers(0, 2**31),
+    labels=st.lists(st.booleans(), min_size=1, max_size=3),
 )
-def test_slides(tiles: int, seed: int, label: int) -> None:
-    """Tiles are distinct, row by row, with equally many lesion tiles, far apart or not."""
-    slide = draw(tiles, seed, label)
-    assert slide.features.shape == (1, tiles, 1536)
-    assert slide.label.tolist() == [label]
-    assert int(slide.lesion.sum()) == 2 * round(0.01 * tiles)
-    cells = slide.coords[0] / TILE_SIZE
-    order = (cells[:, 1] * 1000 + cells[:, 0]).tolist()
-    assert order == sorted(set(order))
+def test_slides(tiles: int, seed: int, labels: list[bool]) -> None:
+    """Tiles are distinct, row by row; both labels have equally many lesion tiles."""
+    slides = draw(tiles, seed, *labels)
+    batch = len(labels)
+    assert slides.features.shape == (batch, tiles, 1536)
+    assert slides.label.tolist() == [float(label) for label in labels]
+    assert slides.lesion.sum(1).tolist() == [round(LESION_SHARE * tiles)] * batch
+    cells = slides.coords / TILE_SIZE
+    assert torch.equal(cells, cells.floor())
     assert cells.min() >= 0
-    assert cells.max() < 125
-    places = cells[slide.lesion[0]]
-    extent = float(torch.cdist(places, places).max()) / 125
-    # Two discs of 1 % of the tiles, each about a tenth of the edge wide where tissue fills it.
-    assert extent > 0.45 if label else extent < 0.45
+    assert cells.max() < SIDE
+    order = cells[..., 1] * SIDE + cells[..., 0]
+    assert (order.diff(dim=1) > 0).all()
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 2**31), label=st.booleans())
+def test_distance(seed: int, label: bool) -> None:
+    """Distant lesions are two pieces; neighbours lie within a disc of about their area."""
+    slide = draw(2500, seed, label)
+    places = slide.coords[0][slide.lesion[0]] / TILE_SIZE
+    away = torch.cdist(places, places)
+    # Of an edge of 125: the radius of one lesion, of 100 of 2,500 tiles at 62 by 62, were it whole.
+    radius = 2 * math.sqrt(LESION_SHARE / 2 * 2500 / math.pi)
+    if label:
+        assert away.max() >= FAR * SIDE
+        assert (away > FAR * SIDE / 2).any(1).all()
+    else:
+        near = (away <= 4 * radius).float().mean(1)
+        assert near.max() > 0.5
 
 
 def test_lesions_look_alike() -> None:
-    """Lesion tiles have the lesion's prototype in place of a texture's."""
-    slide = draw(400, 1)
-    nearest = torch.cat([LOOKS.textures, LOOKS.lesion[None]])
-    found = (slide.features[0] @ nearest.T).argmax(1)
+    """The nearest look of a tile is the lesion's if and only if it is one."""
+    slide = draw(400, 1, True)
+    found = (slide.features[0] @ LOOKS.rows[:9].T).argmax(1)
     assert torch.equal(found == 8, slide.lesion[0])
 
 
-def test_both_labels_are_drawn() -> None:
-    labels = draw(400, 0, batch=40).label
-    assert 5 < int(labels.sum()) < 35
+def test_report_is_where_lesions_are() -> None:
+    slide = draw(400, 2, True)
+    region = (slide.coords[0] / TILE_SIZE * REGIONS / SIDE).long()
+    counts = torch.zeros(REGIONS, REGIONS)
+    for x, y in region[slide.lesion[0]].tolist():
+        counts[y, x] += 1
+    assert torch.allclose(slide.report[0], counts.flatten() / counts.sum())
 
 
 @pytest.mark.parametrize("tiles", [400, 10_000])
 def test_a_slide_repeats(tiles: int) -> None:
-    for a, b in zip(draw(tiles, 5), draw(tiles, 5), strict=True):
+    for a, b in zip(draw(tiles, 5, True), draw(tiles, 5, True), strict=True):
         assert torch.equal(a, b)

@@ -8,34 +8,54 @@ import pytest
 import torch
 
 import multifocal
-from classifier import DILATED, SlideClassifier, influence
-from lesions import Looks, draw_slides
-from multifocal import STAGES, Stage
+from classifier import DILATED, LOCAL_SEGMENT, SlideClassifier, class_attention
+from lesions import FEATURES, LESION_SHARE, Looks, draw_slides
+from multifocal import STAGES, Stage, build_contenders, judge, train
 
 LOOKS = Looks.draw(0)
 
 
-def test_influence_is_a_derivative() -> None:
-    """Scaling one tile's features moves the logit by its influence, to first order."""
-    torch.manual_seed(0)
-    model = SlideClassifier(DILATED).double()
-    slide = draw_slides(LOOKS, 1, 100, torch.Generator().manual_seed(0))
-    slide = slide._replace(features=slide.features.double())
-    found = influence(model, slide)[0]
-    step = 1e-5
-    for tile in (0, 40, 99):
-        moved = []
-        for sign in (1, -1):
-            features = slide.features.clone()
-            features[0, tile] *= 1 + sign * step
-            moved.append(model(features, slide.coords).item())
-        assert abs(moved[0] - moved[1]) / (2 * step) == pytest.approx(found[tile].item(), rel=1e-4)
-
-
-def test_local_and_dilated_start_alike() -> None:
-    (_, a), (_, b), _ = multifocal.models(0)
-    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+def test_far_lesions_reach_the_dilated_model_only() -> None:
+    """Tiles beyond the local segment, in the class token's residue class."""
+    dilated, local, _ = (contender.model for contender in build_contenders(0))
+    for p, q in zip(dilated.parameters(), local.parameters(), strict=True):
         assert torch.equal(p, q)
+    slide = draw_slides(LOOKS, torch.tensor([True]), 2500, torch.Generator().manual_seed(0))
+    changed = slide.features.clone()
+    changed[:, LOCAL_SEGMENT:] += 1  # the class token is position 0, this tile the next segment's
+    with torch.no_grad():
+        moved = [
+            (m(changed, slide.coords) - m(slide.features, slide.coords)).abs().max()
+            for m in (dilated, local)
+        ]
+    assert moved[0] > 0
+    assert moved[1] == 0
+
+
+def test_learning() -> None:
+    """On coarse slides, which a local segment holds, attention learns what mean pooling cannot."""
+    dilated, _, pooled = build_contenders(0)
+    contenders = [dilated, pooled]
+    train(contenders, LOOKS, [Stage(100, 32, 250)], seed=0)
+    accuracy = judge(contenders, LOOKS, [100], seed=0, slides=200)
+    assert accuracy["dilated"][100] > 0.9
+    # Chance is 0.5, with a deviation of 0.035 over 200 slides.
+    assert accuracy["mean pooling"][100] < 0.65
+
+
+def test_class_attention() -> None:
+    torch.manual_seed(0)
+    model = SlideClassifier(DILATED)
+    slides = draw_slides(LOOKS, torch.tensor([True, False]), 2500, torch.Generator().manual_seed(0))
+    attention, logits = class_attention(model, slides)
+    assert torch.allclose(attention.sum(1), torch.ones(2))
+    # Beyond its local segment the class token sees positions 0 modulo 4 (tile 3 is position 4).
+    far = attention[:, LOCAL_SEGMENT - 1 :]
+    seen = torch.arange(LOCAL_SEGMENT, 2501) % 4 == 0
+    assert (far[:, seen] > 0).all()
+    assert (far[:, ~seen] == 0).all()
+    with torch.no_grad():
+        assert torch.equal(logits, model(slides.features, slides.coords))
 
 
 def test_program(
@@ -46,6 +66,7 @@ def test_program(
     out = tmp_path / "slide.png"
     assert multifocal.main(["--slides", "2", "--out", str(out)]) == 0
     text = capsys.readouterr().out
+    assert f"{FEATURES} features, {LESION_SHARE:.0%} of them in two lesions" in text
     for name in ("dilated", "only its local branch", "mean pooling"):
         assert f"\n{name} " in text
     assert out.read_bytes().startswith(b"\x89PNG")
@@ -59,9 +80,12 @@ def test_training_ends_at_the_real_shape() -> None:
     ("arguments", "message"),
     [
         (["--out", "slide.txt"], "--out: expected a name ending in .png or .svg, got slide.txt"),
+        (["--out", "no/a.png"], "--out: expected a name in a folder that exists, got no/a.png"),
         (["--slides", "0"], "--slides: expected >= 1, got 0"),
         (["--threads", "-1"], "--threads: expected >= 1, got -1"),
-        (["--steps", "nan"], "--steps: expected > 0, got nan"),
+        (["--threads", "0"], "--threads: expected >= 1, got 0"),
+        (["--steps", "nan"], "--steps: expected a finite number > 0, got nan"),
+        (["--steps", "inf"], "--steps: expected a finite number > 0, got inf"),
     ],
 )
 def test_wrong_arguments(
