@@ -43,6 +43,9 @@ std::string rejects(const Problem& problem) {
   if (static_cast<std::int64_t>(problem.branches.size()) > gpu::kMaxBranches) {
     return fmt::format("{} branches are more than {}", problem.branches.size(), gpu::kMaxBranches);
   }
+  if (problem.key_layout == KeyLayout::kClassRows) {
+    return "keys by class rows are for the CPU back ends so far";
+  }
   return "";
 }
 
