@@ -33,6 +33,7 @@ CORE_FILES := $(shell find include src cmake -type f) CMakeLists.txt
 PACKAGE_FILES := $(CORE_FILES) $(shell find bindings python/dilated -type f -not -path '*/__pycache__/*') \
   pyproject.toml
 PIP_INSTALL := .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation
+COMPAT_FILES := compat/pyproject.toml $(shell find compat/dilated_attention_pytorch -name '*.py')
 EXAMPLE_REQUIREMENTS := $(wildcard benchmarks/requirements.txt examples/*/requirements.txt)
 
 .PHONY: help
@@ -153,8 +154,9 @@ $(EXAMPLES): $(PACKAGE) $(EXAMPLE_REQUIREMENTS)
 	$(PIP_INSTALL) $(EXAMPLE_REQUIREMENTS:%=-r %)
 	@touch $@
 
-$(TEST_PACKAGE): $(TEST_ENVIRONMENT) $(PACKAGE_FILES) $(EXAMPLE_REQUIREMENTS)
+$(TEST_PACKAGE): $(TEST_ENVIRONMENT) $(PACKAGE_FILES) $(COMPAT_FILES) $(EXAMPLE_REQUIREMENTS)
 	$(PIP_INSTALL) '.[pictures,test,lint]' $(EXAMPLE_REQUIREMENTS:%=-r %)
+	$(PIP_INSTALL) --no-deps ./compat
 	@touch $@ $(PACKAGE) $(EXAMPLES)
 
 # The optimised build of `test-cpp`, installed as a C++ user would.

@@ -6,6 +6,7 @@
 - ```cpp blocks that contain `int main` are compiled against the C++ library under --prefix and run.
 - `>>>` examples of docstrings are doctests (ELLIPSIS and NORMALIZE_WHITESPACE apply); every
   function and class that `dilated` exports must have one. Exceptions and modules need none.
+  Those of `dilated_attention_pytorch` run, too.
 Shell blocks are not run. Exit status 1 if anything fails, or if README.md lacks an example.
 """
 
@@ -112,11 +113,12 @@ def run_cpp(programs: list[Block], prefix: Path) -> list[str]:
 
 
 def run_docstrings() -> tuple[int, list[str]]:
-    """Runs every doctest of the package; returns how many ran, and the names of failures."""
+    """Runs every doctest of both packages; returns how many ran, and the names of failures."""
     package = importlib.import_module("dilated")
     names = [
         module.name
-        for module in pkgutil.walk_packages(package.__path__, "dilated.")
+        for each in (package, importlib.import_module("dilated_attention_pytorch"))
+        for module in pkgutil.walk_packages(each.__path__, f"{each.__name__}.")
         if not module.name.endswith((".__main__", ".libdilated_torch"))
     ]
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

@@ -102,7 +102,7 @@ def check_references() -> Iterator[str]:
         re.findall(r"^\| ([RXTM]\d+) \|", (ROOT / "docs/requirements.md").read_text(), re.M)
     )
     documents = {path.name for path in [*ROOT.glob("*.md"), *ROOT.rglob("docs/*.md")]}
-    python = [p for f in ("python", "tests", "examples", "benchmarks", "tools")
+    python = [p for f in ("python", "compat", "tests", "examples", "benchmarks", "tools")
               for p in sorted((ROOT / f).rglob("*.py"))]  # fmt: skip
     for path in [*cpp_files(), *python]:
         name = path.relative_to(ROOT).as_posix()

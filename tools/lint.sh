@@ -7,7 +7,7 @@ export PATH=$PWD/.venv/bin:$PATH
 
 # None of our file names holds a space; bash 3.2 has no mapfile.
 cpp=($(find include src bindings tests benchmarks examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' | sort))
-python=(python tests tools benchmarks examples)
+python=(python compat tests tools benchmarks examples)
 
 if [[ ${1:-} == --fix ]]; then
   clang-format -i "${cpp[@]}"

@@ -31,7 +31,7 @@ if ! has_torch; then
     install "torch==$version" || { tail -n 5 "$venv/torch.log" >&2; exit 1; }
   fi
 fi
-install numpy pytest hypothesis
+install numpy pytest hypothesis safetensors
 has_torch || { echo "test-oldest-torch: torch $version is installed and cannot be imported" >&2; exit 1; }
 
 tests=()

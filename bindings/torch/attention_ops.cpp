@@ -16,7 +16,7 @@ namespace dilated::binding {
 namespace {
 
 /// Optional tensors of every call.
-struct Extras {
+struct OptionalTensors {
   const std::optional<Tensor>& key_mask;
   const std::optional<Tensor>& seqused;
   const std::optional<Tensor>& cu_seqlens;
@@ -24,7 +24,7 @@ struct Extras {
   const std::optional<Tensor>& dropout_seed;
 };
 
-constexpr const char* kExtrasSchema =
+constexpr const char* kOptionalSchema =
     "Tensor? key_mask, Tensor? seqused, Tensor? cu_seqlens, Tensor? windows, Tensor? dropout_seed, "
     "Tensor? scale_tensor";
 
@@ -108,21 +108,21 @@ std::int64_t alignment_of(std::initializer_list<const Tensor*> tensors, std::int
 
 /// `dout` is null in forward.
 Call make_call(const CallOptions& options, const Tensor& query, const Tensor& key,
-               const Tensor& value, const Extras& extras, const Tensor* dout) {
+               const Tensor& value, const OptionalTensors& optional, const Tensor* dout) {
   Inputs inputs{info_of("query", query),
                 info_of("key", key),
                 info_of("value", value),
-                info_of("key_mask", extras.key_mask),
-                info_of("seqused", extras.seqused),
-                info_of("cu_seqlens", extras.cu_seqlens),
-                info_of("windows", extras.windows),
-                info_of("dropout_seed", extras.dropout_seed)};
+                info_of("key_mask", optional.key_mask),
+                info_of("seqused", optional.seqused),
+                info_of("cu_seqlens", optional.cu_seqlens),
+                info_of("windows", optional.windows),
+                info_of("dropout_seed", optional.dropout_seed)};
   Shapes shapes = shapes_of(inputs, options.layout, options.core.dropout_p);
-  if (extras.cu_seqlens) {
-    read_cu_seqlens(*extras.cu_seqlens, shapes);
+  if (optional.cu_seqlens) {
+    read_cu_seqlens(*optional.cu_seqlens, shapes);
   }
-  if (extras.windows) {
-    read_windows(*extras.windows, options.layout, shapes);
+  if (optional.windows) {
+    read_windows(*optional.windows, options.layout, shapes);
   }
   if (shapes.device.kind == Device::kCpu) {
     shapes.device.units = TorchParallelFor().num_threads();
@@ -137,10 +137,10 @@ Call make_call(const CallOptions& options, const Tensor& query, const Tensor& ke
   return {std::move(inputs), options.layout, std::move(shapes), std::move(plan)};
 }
 
-Masks masks_of(const Extras& extras, const Call& call) {
+Masks masks_of(const OptionalTensors& optional, const Call& call) {
   Masks masks;
-  if (extras.key_mask) {
-    const Tensor& mask = *extras.key_mask;
+  if (optional.key_mask) {
+    const Tensor& mask = *optional.key_mask;
     const auto s = mask.strides();
     const bool packed = call.layout == Layout::kShd;
     masks.key_mask = {data_or_placeholder(mask.const_data_ptr()),
@@ -148,11 +148,11 @@ Masks masks_of(const Extras& extras, const Call& call) {
                       {call.shapes.batch, packed ? mask.size(0) : mask.size(1)},
                       {packed ? 0 : s[0], packed ? s[0] : s[1]}};
   }
-  if (extras.seqused) {
-    masks.seqused = int64_data(*extras.seqused);
+  if (optional.seqused) {
+    masks.seqused = int64_data(*optional.seqused);
   }
-  if (extras.dropout_seed) {
-    masks.dropout_state = int64_data(*extras.dropout_seed);
+  if (optional.dropout_seed) {
+    masks.dropout_state = int64_data(*optional.dropout_seed);
   }
   return masks;
 }
@@ -190,12 +190,13 @@ struct Results {
 };
 
 ForwardTensors forward_tensors(const Call& call, const Tensor& query, const Tensor& key,
-                               const Tensor& value, const Extras& extras, const Results& results) {
+                               const Tensor& value, const OptionalTensors& optional,
+                               const Results& results) {
   ForwardTensors tensors;
   tensors.query = token_view(call.inputs.query, query, call.layout, call.shapes.dtype);
   tensors.key = token_view(call.inputs.key, key, call.layout, call.shapes.dtype);
   tensors.value = token_view(call.inputs.value, value, call.layout, call.shapes.dtype);
-  tensors.masks = masks_of(extras, call);
+  tensors.masks = masks_of(optional, call);
   tensors.out = new_token_view(results.out, call.layout, call.out_dtype());
   tensors.lse = new_row_view(results.lse, call.rows_dtype());
   return tensors;
@@ -210,13 +211,13 @@ std::tuple<Tensor, Tensor> forward_op(const Tensor& query, const Tensor& key, co
                                       const std::optional<Tensor>& scale_tensor,
                                       std::optional<double> scale, std::optional<double> out_scale,
                                       double dropout_p, const Ints& packed) {
-  const Extras extras{key_mask, seqused, cu_seqlens, windows, dropout_seed};
+  const OptionalTensors optional{key_mask, seqused, cu_seqlens, windows, dropout_seed};
   const CallOptions options = unpack(scale_of(scale_tensor, scale), out_scale, dropout_p, packed);
-  const Call call = make_call(options, query, key, value, extras, nullptr);
+  const Call call = make_call(options, query, key, value, optional, nullptr);
   Results results(call, query);
   const TorchContext context(call, Pass::kForward, query);
   if (call.has_sequences()) {
-    forward(call.plan, forward_tensors(call, query, key, value, extras, results),
+    forward(call.plan, forward_tensors(call, query, key, value, optional, results),
             context.context());
   }
   return {std::move(results.out), std::move(results.lse)};
@@ -229,9 +230,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_saving_op(
     const std::optional<Tensor>& dropout_seed, const std::optional<Tensor>& scale_tensor,
     std::optional<double> scale, std::optional<double> out_scale, double dropout_p,
     const Ints& packed) {
-  const Extras extras{key_mask, seqused, cu_seqlens, windows, dropout_seed};
+  const OptionalTensors optional{key_mask, seqused, cu_seqlens, windows, dropout_seed};
   const CallOptions options = unpack(scale_of(scale_tensor, scale), out_scale, dropout_p, packed);
-  const Call call = make_call(options, query, key, value, extras, nullptr);
+  const Call call = make_call(options, query, key, value, optional, nullptr);
   const Shapes& shapes = call.shapes;
   const DType rows_dtype = call.rows_dtype();
   const std::int64_t rows = call.plan.needs_branch_outputs() ? call.plan.branch_rows() : 0;
@@ -240,11 +241,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_saving_op(
   Tensor branch_out =
       new_empty(query, {shapes.batch, shapes.num_heads, rows, shapes.head_dim}, rows_dtype);
   Tensor branch_lse = new_empty(query, {shapes.batch, shapes.num_heads, rows, 2}, rows_dtype);
-  ForwardTensors tensors = forward_tensors(call, query, key, value, extras, results);
+  ForwardTensors tensors = forward_tensors(call, query, key, value, optional, results);
   tensors.lse_residual = new_row_view(lse_residual, rows_dtype);
   if (rows > 0) {
-    tensors.branch_out = branch_view<void>(branch_out, branch_out.mutable_data_ptr(), rows_dtype);
-    tensors.branch_lse = branch_view<void>(branch_lse, branch_lse.mutable_data_ptr(), rows_dtype);
+    tensors.branch_out = new_branch_view(branch_out, rows_dtype);
+    tensors.branch_lse = new_branch_view(branch_lse, rows_dtype);
   }
   const TorchContext context(call, Pass::kForward, query);
   if (call.has_sequences()) {
@@ -263,13 +264,13 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(
     const std::optional<Tensor>& dropout_seed, const std::optional<Tensor>& scale_tensor,
     std::optional<double> scale, std::optional<double> out_scale, double dropout_p,
     const Ints& packed) {
-  const Extras extras{key_mask, seqused, cu_seqlens, windows, dropout_seed};
+  const OptionalTensors optional{key_mask, seqused, cu_seqlens, windows, dropout_seed};
   const CallOptions options = unpack(scale_of(scale_tensor, scale), out_scale, dropout_p, packed);
   // Gradients may be expanded (out.sum()): only then a copy is made.
   const Tensor dout = dout_given.sizes().back() > 1 && dout_given.strides().back() != 1
                           ? torch::stable::contiguous(dout_given)
                           : dout_given;
-  const Call call = make_call(options, query, key, value, extras, &dout);
+  const Call call = make_call(options, query, key, value, optional, &dout);
   const Layout layout = call.layout;
   const DType dtype = call.shapes.dtype;
   const DType rows_dtype = call.rows_dtype();
@@ -289,12 +290,10 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(
   tensors.lse = row_view(lse, rows_dtype);
   tensors.lse_residual = row_view(lse_residual, rows_dtype);
   if (call.plan.needs_branch_outputs()) {
-    tensors.branch_out =
-        branch_view<const void>(branch_out, branch_out.const_data_ptr(), rows_dtype);
-    tensors.branch_lse =
-        branch_view<const void>(branch_lse, branch_lse.const_data_ptr(), rows_dtype);
+    tensors.branch_out = branch_view(branch_out, rows_dtype);
+    tensors.branch_lse = branch_view(branch_lse, rows_dtype);
   }
-  tensors.masks = masks_of(extras, call);
+  tensors.masks = masks_of(optional, call);
   tensors.dquery = new_token_view(dquery, layout, dtype);
   tensors.dkey = new_token_view(dkey, layout, dtype);
   tensors.dvalue = new_token_view(dvalue, layout, dtype);
@@ -309,7 +308,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(
 
 void define_attention(Library& library) {
   const std::string inputs = "Tensor query, Tensor key, Tensor value, ";
-  const std::string rest = std::string(kExtrasSchema) + ", " + kOptionsSchema;
+  const std::string rest = std::string(kOptionalSchema) + ", " + kOptionsSchema;
   const std::string saved =
       "Tensor out, Tensor lse, Tensor lse_residual, Tensor branch_out, Tensor branch_lse";
   library.def(("forward(" + inputs + rest + ") -> (Tensor out, Tensor lse)").c_str());

@@ -64,6 +64,14 @@ StridedView<Void, 4> branch_view(const Tensor& tensor, Void* data, DType dtype) 
   return {data_or_placeholder(data), dtype, {n[0], n[1], n[2], n[3]}, {s[0], s[1], s[2], s[3]}};
 }
 
+inline StridedView<const void, 4> branch_view(const Tensor& tensor, DType dtype) {
+  return branch_view<const void>(tensor, tensor.const_data_ptr(), dtype);
+}
+
+inline StridedView<void, 4> new_branch_view(const Tensor& tensor, DType dtype) {
+  return branch_view<void>(tensor, tensor.mutable_data_ptr(), dtype);
+}
+
 /// dtype of log-sum-exps and of results that are not rounded.
 constexpr DType accumulation_dtype(DType dtype) {
   return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;

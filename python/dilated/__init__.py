@@ -13,6 +13,7 @@ from .functional import dilated_attention
 from .info import Backend, backends, presets, versions
 from .modules import DilatedAttention
 from .multihead import MultiheadDilatedAttention
+from .received import attention_received
 from .windows import merge, window_attention
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "MultiheadDilatedAttention",
     "Plan",
     "Unsupported",
+    "attention_received",
     "backends",
     "dilated_attention",
     "merge",

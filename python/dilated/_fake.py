@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._ops import INPUT_NAMES, Extras
+from ._ops import INPUT_NAMES, OptionalTensors
 from ._options import DTYPES, Options
 
 
@@ -30,7 +30,7 @@ def _heads_dim(options: Options) -> int:
 
 
 def check(tensors: Sequence[Tensor | None], options: Options) -> int:
-    """Raise what the core would raise for these tensors (query, key, value, extras).
+    """Raise what the core would raise for these tensors (query, key, value, optional).
 
     Returns how many rows of branch results per head forward_saving saves. Nothing is computed.
     """
@@ -63,10 +63,10 @@ def check(tensors: Sequence[Tensor | None], options: Options) -> int:
     return rows
 
 
-def split(rest: Sequence[Any]) -> tuple[Extras, Options]:
+def split(rest: Sequence[Any]) -> tuple[OptionalTensors, Options]:
     """What follows query, key and value in the arguments of forward."""
-    count = len(Extras._fields)
-    return Extras(*rest[:count]), Options(*rest[count:])
+    count = len(OptionalTensors._fields)
+    return OptionalTensors(*rest[:count]), Options(*rest[count:])
 
 
 def _lse_dtype(tensor: Tensor) -> torch.dtype:
@@ -83,32 +83,32 @@ def _branch_rows(seqlen: Any, sequences: Any, windows: bool, options: Options) -
 
 
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    extras, options = split(rest)
-    check((query, key, value, *extras), options)
+    optional, options = split(rest)
+    check((query, key, value, *optional), options)
     heads, seqlen = query.shape[_heads_dim(options)], query.shape[_seqlen_dim(options)]
     batch = [] if query.dim() == 3 else [query.shape[0]]
     dtype = _lse_dtype(query)
-    out = query.new_empty(query.shape, dtype=query.dtype if extras.windows is None else dtype)
+    out = query.new_empty(query.shape, dtype=query.dtype if optional.windows is None else dtype)
     return out, query.new_empty([*batch, heads, seqlen], dtype=dtype)
 
 
 def _forward_saving_fake(
     query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    extras, options = split(rest)
+    optional, options = split(rest)
     out, lse = _forward_fake(query, key, value, *rest)
     rows: Any = 0
     batch = 1 if query.dim() == 3 else query.shape[0]
     heads: Any = query.shape[_heads_dim(options)]
-    if check((query, key, value, *extras), options) > 0:
+    if check((query, key, value, *optional), options) > 0:
         heads = int(heads)  # whether branches are saved depends on it: one graph per number
         sequences: Any = 1
-        if query.dim() == 3 and extras.cu_seqlens is not None:
-            sequences = extras.cu_seqlens.shape[0] - 1
-        elif query.dim() == 3 and extras.windows is not None:
-            sequences = extras.windows.shape[0]
+        if query.dim() == 3 and optional.cu_seqlens is not None:
+            sequences = optional.cu_seqlens.shape[0] - 1
+        elif query.dim() == 3 and optional.windows is not None:
+            sequences = optional.windows.shape[0]
         seqlen = query.shape[_seqlen_dim(options)]
-        rows = _branch_rows(seqlen, sequences, extras.windows is not None, options)
+        rows = _branch_rows(seqlen, sequences, optional.windows is not None, options)
     return (
         out,
         lse,

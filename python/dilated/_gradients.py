@@ -167,7 +167,7 @@ for _name, _kernel in (
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, extras: _ops.Extras, options: Options
+    query: Tensor, key: Tensor, value: Tensor, optional: _ops.OptionalTensors, options: Options
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) in the user's layout.
 
@@ -181,11 +181,11 @@ def forward(
         or torch._C._are_functorch_transforms_active()
         or _records((query, key, value))
     ):
-        out, lse = _ops.ask(_ops.forward_op, query, key, value, *extras, *options)
+        out, lse = _ops.ask(_ops.forward_op, query, key, value, *optional, *options)
         return out, lse
     try:
         with _BelowAutograd():
-            out, lse = _ops.forward_op(query, key, value, *extras, *options)
+            out, lse = _ops.forward_op(query, key, value, *optional, *options)
     except (ValueError, RuntimeError) as error:
         raise typed(error) from None
     return out, lse

@@ -28,6 +28,18 @@ def require_tensors(query: Any, key: Any, value: Any) -> None:
         _require_tensor(name, given)
 
 
+def require_parameter_dtype(
+    argument: str, x: Tensor, weight: Tensor, op: str = "dilated_attention"
+) -> None:
+    """Raise InvalidProblem unless x has the dtype of a module's weight, or autocast casts both."""
+    device = x.device.type
+    casts = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    # A quantised weight is an integer, and its module casts by itself.
+    if x.dtype != weight.dtype and weight.is_floating_point() and not casts:
+        expected = f"{weight.dtype}, as the parameters"
+        raise InvalidProblem(message(argument, expected, str(x.dtype), op=op))
+
+
 def _integer_tensor(argument: str, value: Tensor, expected: str) -> Tensor:
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
         raise InvalidProblem(message(argument, expected, f"dtype {value.dtype}"))
@@ -66,10 +78,10 @@ def _seed(
     return None if dropout_p == 0.0 else pair
 
 
-_NONE = _ops.Extras()
+_NONE = _ops.OptionalTensors()
 
 
-def extras_of(
+def optional_tensors(
     query: Tensor,
     options: Options,
     key_mask: Tensor | None,
@@ -77,7 +89,7 @@ def extras_of(
     cu_seqlens: Lengths | None,
     windows: Tensor | None,
     dropout_seed: SupportsIndex | Tensor | None,
-) -> tuple[_ops.Extras, Options]:
+) -> tuple[_ops.OptionalTensors, Options]:
     """Optional tensors as the operators take them, and options without what became one of them."""
     if (
         key_mask is seqused is cu_seqlens is windows is dropout_seed is None
@@ -92,7 +104,7 @@ def extras_of(
     if key_mask is not None:
         _require_tensor("key_mask", key_mask)
     device = query.device
-    extras = _ops.Extras(
+    optional = _ops.OptionalTensors(
         key_mask,
         lengths("seqused", seqused, device),
         lengths("cu_seqlens", cu_seqlens, torch.device("cpu")),
@@ -100,4 +112,4 @@ def extras_of(
         _seed(options.dropout_p, dropout_seed, device),
         scale_tensor,
     )
-    return extras, options
+    return optional, options

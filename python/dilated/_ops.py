@@ -50,7 +50,7 @@ for _name in (
     implementations.impl(_name, torch.library.fallthrough_kernel, "PythonTLSSnapshot")
 
 
-class Extras(NamedTuple):
+class OptionalTensors(NamedTuple):
     """Optional tensors of one call, in the order of the schema."""
 
     key_mask: Tensor | None = None
@@ -61,7 +61,7 @@ class Extras(NamedTuple):
     scale_tensor: Tensor | None = None  # scale, where a compiler would specialize on a float
 
 
-INPUT_NAMES = ("query", "key", "value", *Extras._fields)
+INPUT_NAMES = ("query", "key", "value", *OptionalTensors._fields)
 NUM_INPUTS = len(INPUT_NAMES)
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, SupportsIndex, overload
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
 
 from torch import Tensor
 
 from . import _fake, _gradients, _ops, _transforms, parity  # noqa: F401 - registers operators
-from ._inputs import extras_of, require_tensors
+from ._inputs import optional_tensors, require_tensors
 from ._options import COLUMN_SUM_PRESETS, attention_options, flag
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ._options import AttentionOptions, Integers, Lengths
+
+# Who is told of every call's query, key, value and options: `attention_received`.
+observers: list[Callable[[Tensor, Tensor, Tensor, dict[str, Any]], None]] = []
 
 
 @overload
@@ -145,12 +149,18 @@ def dilated_attention(
         torch.Size([2, 100, 8, 16])
     """
     require_tensors(query, key, value)
+    if observers:
+        sequences = {"key_mask": key_mask, "seqused": seqused, "cu_seqlens": cu_seqlens}
+        lists = {"segments": segments, "dilations": dilations, "row_shift": row_shift}
+        observers[-1](query, key, value, {**lists, **sequences, **options})
     checked = attention_options(segments=segments, dilations=dilations, **options)
-    extras, checked = extras_of(query, checked, key_mask, seqused, cu_seqlens, None, dropout_seed)
+    optional, checked = optional_tensors(
+        query, checked, key_mask, seqused, cu_seqlens, None, dropout_seed
+    )
     if flag("row_shift", row_shift):
-        out, lse = _ops.ask(parity.row_shift_op, query, key, value, *extras, *checked)
+        out, lse = _ops.ask(parity.row_shift_op, query, key, value, *optional, *checked)
     elif options.get("preset") in COLUMN_SUM_PRESETS:
-        out, lse = _ops.ask(parity.column_sums_op, query, key, value, *extras, *checked)
+        out, lse = _ops.ask(parity.column_sums_op, query, key, value, *optional, *checked)
     else:
-        out, lse = _gradients.forward(query, key, value, extras, checked)
+        out, lse = _gradients.forward(query, key, value, optional, checked)
     return (out, lse) if flag("return_lse", return_lse) else out

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ._inputs import require_parameter_dtype
 from ._options import COLUMN_SUM_PRESETS
+from ._torch_masks import key_mask_of, refuse, require_causal_mask
 from .errors import InvalidProblem, Unsupported, message
 from .modules import DilatedAttention
 
@@ -15,44 +17,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ._options import AttentionOptions, Integers
-
-
-def _refuse(argument: str, expected: str, got: Any, hint: str) -> None:
-    raise Unsupported(message(argument, expected, str(got), hint))
-
-
-def _require(holds: Tensor, argument: str, expected: str, got: str, hint: str = "") -> None:
-    """Raise Unsupported unless all of `holds` is true: now, or where a compiled graph runs."""
-    text = message(argument, expected, got, hint)
-    if torch.compiler.is_compiling():
-        torch._assert_async(holds.all(), text)
-    elif not holds.is_meta and not bool(holds.all()):
-        raise Unsupported(text)
-
-
-def _key_mask(padding: Tensor) -> Tensor:
-    """True = key takes part, from what torch's layers hand on: True, or -inf, = key is ignored."""
-    if padding.dtype == torch.bool:
-        return ~padding
-    if not padding.is_floating_point():
-        _refuse("key_padding_mask", "bool or float", padding.dtype, "True or -inf: key is ignored")
-    _require(
-        (padding == 0) | (padding == -torch.inf),
-        "key_padding_mask", "0 and -inf", "other numbers", "biases of scores are not supported",
-    )  # fmt: skip
-    return padding == 0
-
-
-def _require_causal(attn_mask: Tensor, seqlen: int) -> None:
-    """attn_mask must be the causal one: nothing else can be honoured."""
-    shape, expected = tuple(attn_mask.shape), "None, or the causal mask"
-    hint = "use is_causal or key_padding_mask"
-    hidden = attn_mask if attn_mask.dtype == torch.bool else attn_mask == -torch.inf
-    if shape != (seqlen, seqlen):
-        _refuse("attn_mask", expected, f"shape {shape}", hint)
-    above = torch.ones_like(hidden).triu(1)
-    seen = hidden.logical_not() if attn_mask.dtype == torch.bool else attn_mask == 0
-    _require(torch.where(above, hidden, seen), "attn_mask", expected, "another mask", hint)
 
 
 class _NoFusedWeights:
@@ -125,22 +89,22 @@ class MultiheadDilatedAttention(nn.Module):
     ) -> None:
         super().__init__()
         if not batch_first:
-            _refuse(
+            refuse(
                 "batch_first", "True", batch_first, "transpose (seqlen, batch, embed_dim) inputs"
             )
         if add_bias_kv:
-            _refuse("add_bias_kv", "False", add_bias_kv, "an extra key has no position")
+            refuse("add_bias_kv", "False", add_bias_kv, "an extra key has no position")
         if add_zero_attn:
-            _refuse("add_zero_attn", "False", add_zero_attn, "an extra key has no position")
+            refuse("add_zero_attn", "False", add_zero_attn, "an extra key has no position")
         for name, width in (("kdim", kdim), ("vdim", vdim)):
             if width not in (None, embed_dim):
-                _refuse(name, f"embed_dim = {embed_dim}", width, "self-attention only")
+                refuse(name, f"embed_dim = {embed_dim}", width, "self-attention only")
         if "layout" in options:
-            _refuse(
+            refuse(
                 "layout", "none", repr(options["layout"]), "inputs are (batch, seqlen, embed_dim)"
             )
         if "dropout_p" in options:
-            _refuse("dropout_p", "none", repr(options["dropout_p"]), "the argument is dropout")
+            refuse("dropout_p", "none", repr(options["dropout_p"]), "the argument is dropout")
         options["dropout_p"] = dropout
         if num_heads < 1 or embed_dim % num_heads != 0:
             expected = f"a divisor of embed_dim = {embed_dim}"
@@ -166,7 +130,7 @@ class MultiheadDilatedAttention(nn.Module):
         preset = self.attention.options.get("preset")
         if preset in COLUMN_SUM_PRESETS:
             hint = "it divides by sums over all positions, later ones too"
-            _refuse("is_causal", f"False with preset '{preset}'", True, hint)
+            refuse("is_causal", f"False with preset '{preset}'", True, hint)
 
     def reset_parameters(self) -> None:
         """Xavier-uniform weights and zero biases, as ``nn.MultiheadAttention``."""
@@ -207,21 +171,24 @@ class MultiheadDilatedAttention(nn.Module):
             (output, None).
 
         Raises:
+            InvalidProblem: a shape or a dtype does not fit.
             Unsupported: a request that cannot be honoured.
         """
         if need_weights:
-            _refuse("need_weights", "False", need_weights, "weights are never formed")
+            refuse("need_weights", "False", need_weights, "weights are never formed")
         if query.dim() != 3:
             expected = "3 dimensions (batch, seqlen, embed_dim)"
             raise InvalidProblem(message("query", expected, f"shape {tuple(query.shape)}"))
         if attn_mask is not None:
-            _require_causal(attn_mask, query.shape[1])
+            require_causal_mask(attn_mask, query.shape[1])
             is_causal = True
         if is_causal:
             self._refuse_sums_over_the_future()
         key = query if key is None else key
         value = key if value is None else value
-        key_mask = None if key_padding_mask is None else _key_mask(key_padding_mask)
+        for name, given in (("query", query), ("key", key), ("value", value)):
+            require_parameter_dtype(name, given, self.q_proj.weight)
+        key_mask = None if key_padding_mask is None else key_mask_of(key_padding_mask)
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim))
             for projection, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))

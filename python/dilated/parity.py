@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import _ops
 from ._fake import check, split
-from ._ops import Extras
+from ._ops import OptionalTensors
 from ._options import DTYPES, Options
 from .errors import InvalidProblem, Unsupported, message
 
@@ -56,17 +56,17 @@ def _branches(query: Tensor, key: Tensor, options: Options) -> list[tuple[int, i
 
 
 def _attend(
-    tensors: tuple[Tensor, Tensor, Tensor], extras: Extras, branch: int, options: Options
+    tensors: tuple[Tensor, Tensor, Tensor], optional: OptionalTensors, branch: int, options: Options
 ) -> tuple[Tensor, Tensor]:
     """One branch. Branches drop independently: another offset each."""
-    if extras.dropout_seed is not None:
-        seed, offset = extras.dropout_seed.unbind()
-        extras = extras._replace(dropout_seed=torch.stack([seed, offset + branch]))
+    if optional.dropout_seed is not None:
+        seed, offset = optional.dropout_seed.unbind()
+        optional = optional._replace(dropout_seed=torch.stack([seed, offset + branch]))
     if _autocast_dtype(tensors[0]) is None:
-        out, lse = _ops.forward_op(*tensors, *extras, *options)
+        out, lse = _ops.forward_op(*tensors, *optional, *options)
         return out, lse
     with torch.autocast(tensors[0].device.type, enabled=False):
-        out, lse = _ops.forward_op(*tensors, *extras, *options)
+        out, lse = _ops.forward_op(*tensors, *optional, *options)
     return out, lse
 
 
@@ -93,9 +93,9 @@ def merge_by_lse(
 
 def _column_sums(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Preset fkodom: (out, lse) in the user's layout."""
-    extras, options = split(rest)
+    optional, options = split(rest)
     # The core's rules for the whole call, before it is taken apart.
-    check((query, key, value, *extras), options)
+    check((query, key, value, *optional), options)
     if options.layout not in _TO_BSHD:
         got = f"'{options.layout}'"
         raise Unsupported(message("layout", "'bshd' or 'bhsd' with column sums", got))
@@ -105,7 +105,7 @@ def _column_sums(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple
     branches = _branches(q, k, options)
     for b, (segment, dilation, row) in enumerate(branches):
         single = options.single_branch(segment, dilation, row)
-        branch_out, lse = _attend((q, k, v), extras, b, single)
+        branch_out, lse = _attend((q, k, v), optional, b, single)
         runs = torch.tensor(row, device=q.device).ge(0).view(1, 1, -1, 1)
         covered = runs & lse.transpose(1, 2).unsqueeze(-1).ne(-torch.inf)
         sums = branch_out.sum(dim=1, keepdim=True)
@@ -128,17 +128,30 @@ def _pad_segments(x: Tensor, segment: Any, padded: Any) -> Tensor:
     return torch.cat([cut, zeros], dim=2).flatten(1, 2)
 
 
+def _pad_lengths(lengths: Tensor | None, segment: int, dilation: int) -> Tensor | None:
+    """Lengths once every segment is padded; a sequence's only segment may be a shorter one."""
+    if lengths is None:
+        return None
+
+    def up(x: Tensor | int, step: int) -> Any:
+        return (x + (step - 1)) // step
+
+    alone = up(lengths, dilation) * dilation
+    whole = up(lengths, segment) * (up(segment, dilation) * dilation)
+    return torch.where(lengths <= segment, alone, whole)
+
+
 def _row_shift(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Preset torchscale with upstream's shift of rows: (out, lse) in the user's layout."""
-    extras, options = split(rest)
+    optional, options = split(rest)
     preset = options.name("preset")
     if preset != "torchscale":
         text = message("row_shift", "False, or preset 'torchscale'", f"preset {preset!r}")
         raise InvalidProblem(text)
     # All rules of the core but the one about the shift: no segment is shorter than the sequence.
-    check((query, key, value, *extras), options.with_segments_of(2**40))
+    check((query, key, value, *optional), options.with_segments_of(2**40))
     masked_tail = options.name("tail") == "mask"
-    if options.layout not in _TO_BSHD or extras.cu_seqlens is not None or masked_tail:
+    if options.layout not in _TO_BSHD or optional.cu_seqlens is not None or masked_tail:
         got = "tail 'mask'" if masked_tail else f"layout '{options.layout}'"
         raise Unsupported(
             message("row_shift", "unpacked tensors and tail 'phantom'", got,
@@ -146,10 +159,11 @@ def _row_shift(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[T
         )  # fmt: skip
     q, k, v = _inputs((query, key, value), options.layout)
     n = q.shape[1]
-    key_mask = extras.key_mask
-    if extras.seqused is not None:
-        used = torch.arange(n, device=q.device) < extras.seqused.unsqueeze(1)
-        key_mask = used if key_mask is None else key_mask & used
+    key_mask, used = optional.key_mask, None
+    if optional.seqused is not None:  # rows beyond are the zero rows that fill a last segment
+        used = torch.arange(n, device=q.device) < optional.seqused.unsqueeze(1)
+        q, k, v = (x.masked_fill(~used[..., None, None], 0.0) for x in (q, k, v))
+        key_mask = None if key_mask is None else key_mask | ~used
     outs, lses = [], []
     for b, (given, dilation, row) in enumerate(_branches(q, k, options)):
         segment = max(1, min(given, int(n)))
@@ -157,12 +171,17 @@ def _row_shift(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[T
         mask = None
         if key_mask is not None:  # a masked key leaves, the zero rows stay
             mask = ~_pad_segments(~key_mask, segment, padded)
-        branch_extras = extras._replace(key_mask=mask, seqused=None)
+        branch_tensors = optional._replace(
+            key_mask=mask, seqused=_pad_lengths(optional.seqused, segment, dilation)
+        )
         q_b, k_b, v_b = (_pad_segments(x, segment, padded) for x in (q, k, v))
         single = options.single_branch(padded, dilation, row)
-        out, lse = _attend((q_b, k_b, v_b), branch_extras, b, single)
+        out, lse = _attend((q_b, k_b, v_b), branch_tensors, b, single)
         outs.append(out[:, :n])
         lses.append(lse[:, :, :n])
+        if used is not None:
+            outs[-1] = outs[-1].masked_fill(~used[..., None, None], 0.0)
+            lses[-1] = lses[-1].masked_fill(~used[:, None], -torch.inf)
     weights_have_gradient = options.digit("lse_grad") == 2
     out, lse = merge_by_lse(outs, lses, weights_have_gradient)
     return out.to(_out_dtype(query)).permute(_TO_BSHD[options.layout]).contiguous(), lse

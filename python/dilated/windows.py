@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _gradients, _ops
-from ._inputs import extras_of, lengths, require_tensors
+from ._inputs import lengths, optional_tensors, require_tensors
 from ._options import (
     COLUMN_SUM_PRESETS,
     DTYPES,
@@ -143,8 +143,10 @@ def window_attention(
         starts[1] + keys,
     )
     windows = torch.stack(columns, dim=1)
-    extras, checked = extras_of(query, checked, key_mask, seqused, None, windows, dropout_seed)
-    return _gradients.forward(query, key, value, extras, checked)
+    optional, checked = optional_tensors(
+        query, checked, key_mask, seqused, None, windows, dropout_seed
+    )
+    return _gradients.forward(query, key, value, optional, checked)
 
 
 def merge(

@@ -134,14 +134,14 @@ def test_other_devices_are_named() -> None:
 
 def test_lengths_and_seeds_go_where_the_call_runs() -> None:
     """On CUDA they are read by kernels; what the host reads stays on the host."""
-    from dilated._inputs import extras_of
+    from dilated._inputs import optional_tensors
 
     options = attention_options(**LISTS, dropout_p=0.5)
     with FakeTensorMode(allow_non_fake_inputs=True):
         query = torch.empty(2, 9, 4, 8, device="cuda")
-        extras, _ = extras_of(query, options, None, [4, 9], [0, 9], None, 7)
-        drawn, _ = extras_of(query, options, None, torch.tensor([4, 9]), None, None, None)
-    assert isinstance(extras, _ops.Extras)
-    assert extras.seqused.device.type == extras.dropout_seed.device.type == "cuda"
+        optional, _ = optional_tensors(query, options, None, [4, 9], [0, 9], None, 7)
+        drawn, _ = optional_tensors(query, options, None, torch.tensor([4, 9]), None, None, None)
+    assert isinstance(optional, _ops.OptionalTensors)
+    assert optional.seqused.device.type == optional.dropout_seed.device.type == "cuda"
     assert drawn.seqused.device.type == drawn.dropout_seed.device.type == "cuda"
-    assert extras.cu_seqlens.device.type == "cpu"
+    assert optional.cu_seqlens.device.type == "cpu"

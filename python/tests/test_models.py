@@ -13,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torchscale_restated import torchscale_decoder
 
 import dilated
 from dilated import reference
-from dilated.models import LongNetLM, apply_xpos, longnet, xpos_tables
+from dilated.models import LongNetLM, apply_xpos, layers, xpos_tables
 
 SIZES: dict[str, Any] = {
     "vocab_size": 31,
@@ -38,78 +39,6 @@ def random_weights(model: LongNetLM) -> LongNetLM:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
-
-
-# --- torchscale, restated: one function per formula, from its published equations ----------------
-
-
-def layer_norm(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    scaled = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
-    return scaled * weights[name + ".weight"] + weights[name + ".bias"]
-
-
-def linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    return torch.einsum("...i,oi->...o", x, weights[name + ".weight"]) + weights[name + ".bias"]
-
-
-def xpos(x: Tensor, downscale: bool) -> Tensor:
-    """(n, D): pair i turns by p 10000^(-2i/D), scaled by zeta_i^((p - ceil(n/2)) / 512)."""
-    n, dim = x.shape
-    out = torch.empty_like(x)
-    for p in range(n):
-        for i in range(dim // 2):
-            angle = p * 10000.0 ** (-2 * i / dim)
-            zeta = (2 * i + 0.4 * dim) / (1.4 * dim)
-            scale = zeta ** ((p - math.ceil(n / 2)) / 512)
-            scale = 1 / scale if downscale else scale
-            a, b = x[p, 2 * i], x[p, 2 * i + 1]
-            out[p, 2 * i] = (a * math.cos(angle) - b * math.sin(angle)) * scale
-            out[p, 2 * i + 1] = (b * math.cos(angle) + a * math.sin(angle)) * scale
-    return out
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, head: int, sizes: dict[str, Any]) -> Tensor:
-    """One head: softmax over the keys of all branches, each key once per branch (semantics §5)."""
-    n, dim = q.shape
-    counts = torch.zeros(n, n, dtype=q.dtype)
-    for w, r in zip(sizes["segments"], sizes["dilations"], strict=True):
-        for p in range(n):
-            for j in range(p + 1):
-                same = p // w == j // w
-                kept = p % w % r == head % r == j % w % r
-                counts[p, j] += float(same and kept)
-    weights = counts * torch.exp(q @ k.T / math.sqrt(dim))
-    total = weights.sum(-1, keepdim=True)
-    return torch.where(total > 0, weights / total, 0.0) @ v
-
-
-def torchscale_decoder(
-    weights: dict[str, Tensor], tokens: Tensor, sizes: dict[str, Any], embed_scale: float
-) -> Tensor:
-    """Logits (n, vocab) of one sequence: pre-norm decoder with sub-LayerNorm and xPos."""
-    x = embed_scale * weights["embed_tokens.weight"][tokens]
-    heads = sizes["num_heads"]
-    repeats = heads // sizes.get("num_kv_heads", heads)
-    for number in range(sizes["num_layers"]):
-        layer = f"layers.{number}."
-        normed = layer_norm(x, weights, layer + "self_attn_layer_norm")
-        q, k, v = (linear(normed, weights, layer + f"self_attn.{c}_proj") for c in "qkv")
-        dim = q.shape[-1] // heads
-        outs = []
-        for h in range(heads):
-            kv = slice(h // repeats * dim, (h // repeats + 1) * dim)
-            query = xpos(q[:, h * dim : (h + 1) * dim], downscale=False)
-            key = xpos(k[:, kv], downscale=True)
-            outs.append(attention(query, key, v[:, kv], h // repeats, sizes))
-        inner = layer_norm(torch.cat(outs, -1), weights, layer + "self_attn.inner_attn_ln")
-        x = x + linear(inner, weights, layer + "self_attn.out_proj")
-        normed = layer_norm(x, weights, layer + "final_layer_norm")
-        hidden = linear(normed, weights, layer + "ffn.fc1")
-        hidden = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
-        hidden = layer_norm(hidden, weights, layer + "ffn.ffn_layernorm")
-        x = x + linear(hidden, weights, layer + "ffn.fc2")
-    return layer_norm(x, weights, "layer_norm") @ weights["output_projection.weight"].T
 
 
 @pytest.mark.parametrize(
@@ -241,7 +170,7 @@ def test_ten_optimiser_steps_equal_the_definition(monkeypatch: pytest.MonkeyPatc
     runs = []
     initial = make_model().state_dict()
     for attend in (dilated.dilated_attention, definition):
-        monkeypatch.setattr(longnet, "dilated_attention", attend)
+        monkeypatch.setattr(layers, "dilated_attention", attend)
         model = make_model()
         model.load_state_dict(initial)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -367,7 +296,7 @@ def test_every_preset_is_causal_or_refused(preset: str) -> None:
         (
             lambda: make_model(colour=1),
             "LongNetLM: colour: expected one of backend, gqa_offset, groups, lse_grad, merge, "
-            "offsets, out_scale, preset, scale, tail, got an unknown option",
+            "offsets, out_scale, preset, row_shift, scale, tail, got an unknown option",
         ),
         (
             lambda: xpos_tables(8, 7),

@@ -23,7 +23,7 @@ SHAPE: dict[str, Any] = {"segments": [4, 6], "dilations": [1, 3]}
 
 def _arguments(
     dtype: torch.dtype = torch.float32,
-    extras: _ops.Extras | None = None,
+    optional: _ops.OptionalTensors | None = None,
     requires_grad: bool = True,
     shape: tuple[int, ...] | None = None,
     layout: str = "bshd",
@@ -33,10 +33,10 @@ def _arguments(
     size = shape or shapes[layout]
     tensors = [torch.randn(size, dtype=dtype, requires_grad=requires_grad) for _ in range(3)]
     chosen = attention_options(**SHAPE, layout=layout, **options)
-    return (*tensors, *(extras or _ops.Extras()), *chosen)
+    return (*tensors, *(optional or _ops.OptionalTensors()), *chosen)
 
 
-WINDOW = _ops.Extras(windows=torch.tensor([[20, 3, 12, 1, 10], [20, 0, 9, 2, 11]]))
+WINDOW = _ops.OptionalTensors(windows=torch.tensor([[20, 3, 12, 1, 10], [20, 0, 9, 2, 11]]))
 OPERATOR_CALLS = {
     "plain": lambda: _arguments(),
     "causal float64": lambda: _arguments(torch.float64, is_causal=True),
@@ -44,17 +44,19 @@ OPERATOR_CALLS = {
     "sum": lambda: _arguments(torch.float64, merge="sum"),
     "mean bhsd": lambda: _arguments(layout="bhsd", merge="mean"),
     "detached": lambda: _arguments(lse_grad=False, tail="phantom"),
-    "key mask": lambda: _arguments(extras=_ops.Extras(key_mask=torch.rand(2, 9) > 0.3)),
-    "seqused": lambda: _arguments(extras=_ops.Extras(seqused=torch.tensor([4, 9]))),
+    "key mask": lambda: _arguments(optional=_ops.OptionalTensors(key_mask=torch.rand(2, 9) > 0.3)),
+    "seqused": lambda: _arguments(optional=_ops.OptionalTensors(seqused=torch.tensor([4, 9]))),
     "packed": lambda: _arguments(
-        layout="shd", extras=_ops.Extras(cu_seqlens=torch.tensor([0, 3, 3, 9])), merge="mean"
+        layout="shd",
+        optional=_ops.OptionalTensors(cu_seqlens=torch.tensor([0, 3, 3, 9])),
+        merge="mean",
     ),
     "dropout": lambda: _arguments(
-        extras=_ops.Extras(dropout_seed=torch.tensor([3, 4])), dropout_p=0.5
+        optional=_ops.OptionalTensors(dropout_seed=torch.tensor([3, 4])), dropout_p=0.5
     ),
     "groups": lambda: _arguments(preset="fork"),
     "no token": lambda: _arguments(shape=(2, 0, 4, 5)),
-    "windows": lambda: _arguments(extras=WINDOW, is_causal=True),
+    "windows": lambda: _arguments(optional=WINDOW, is_causal=True),
 }
 
 

@@ -167,3 +167,25 @@ def test_row_shift_gradients_are_the_detached_ones() -> None:
         results.append(torch.autograd.grad((out, lse), inputs, (data["dout"], data["dlse"])))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_row_shift_gives_sequences_of_a_batch_what_they_have_alone(is_causal: bool) -> None:
+    """seqused is the length, phantom keys included; rows beyond it are never read."""
+    lengths = [23, 5, 0, 9, 6]
+    inputs = [torch.tensor(oracle.rand3(23, 4, 4, s), dtype=torch.float64) for s in (1, 2, 3)]
+    beyond = torch.arange(23) >= torch.tensor(lengths)[:, None]
+    batch = [
+        x.expand(5, -1, -1, -1).masked_fill(beyond[..., None, None], torch.nan) for x in inputs
+    ]
+    call: dict[str, Any] = {
+        "segments": (5, 9), "dilations": (2, 4), "preset": "torchscale", "row_shift": True,
+        "is_causal": is_causal, "return_lse": True,
+    }  # fmt: skip
+    out, lse = dilated.dilated_attention(*batch, **call, seqused=lengths)
+    for i, n in enumerate(lengths):
+        alone, alone_lse = dilated.dilated_attention(*(x[None, :n] for x in inputs), **call)
+        torch.testing.assert_close(out[i, :n], alone[0], rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(lse[i, :, :n], alone_lse[0], rtol=1e-13, atol=1e-13)
+        assert (out[i, n:] == 0).all()
+        assert (lse[i, :, n:] == -torch.inf).all()

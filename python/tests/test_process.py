@@ -71,6 +71,8 @@ torch.zeros(2)  # torch's own lazy start
 before = snapshot()
 import dilated
 from dilated import *
+from dilated import models
+from dilated.models import *
 after_import = snapshot()
 modules = [
     DilatedAttention([8, 32], [1, 4]),
@@ -80,6 +82,13 @@ names = [n for n in sorted(dilated.__all__) if isinstance(getattr(dilated, n), t
 seen_rng = torch.get_rng_state()
 modules.append(MultiheadDilatedAttention(32, 4, [8, 32], [1, 4], device="meta"))
 modules.append(MultiheadDilatedAttention(32, 4, [8, 32], [1, 4]))
+sizes = {"segments": [8, 32], "dilations": [1, 4]}
+modules.append(models.LongNetLM(31, 32, 2, 4, **sizes))
+modules.append(models.EncoderLayer(32, 4, **sizes))
+modules.append(models.DecoderLayer(32, 4, **sizes))
+modules.append(models.LongNet(32, 2, 4, **sizes))
+modules.append(models.SlideEncoder(12, 32, 2, 4, **sizes))
+models.SlideEncoder.from_state_dict(modules[-1].state_dict(), num_heads=4, **sizes)
 torch.set_rng_state(seen_rng)  # initial weights are drawn: the one allowed effect
 after_construction = snapshot()
 x = torch.randn(1, 40, 4, 8, requires_grad=True)

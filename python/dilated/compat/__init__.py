@@ -1,0 +1,1 @@
+"""The operator under the interfaces of other packages: models written for them run unchanged."""
