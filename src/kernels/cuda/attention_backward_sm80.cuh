@@ -112,17 +112,16 @@ __global__ void __launch_bounds__(BackwardTiles<Element, kDim>::kThreads)
   const int lane_row = warp_row + static_cast<int>(threadIdx.x) % 32 / 4;  // and this + 8
   const RowDropout dropout = dropout_of(call, piece, head);
 
-  load_tile<Tiles::kThreads>(query, rows_of(arguments.query, batch, head), piece.queries, first, last,
-            call.head_dim, call.copies_16_bytes, everything);
-  load_tile<Tiles::kThreads>(dout, rows_of(arguments.dout, batch, head), piece.queries, first, last, call.head_dim,
-            call.copies_16_bytes, everything);
+  load_tile<Tiles::kThreads>(query, rows_of(arguments.query, batch, head), piece.queries, first,
+                             last, call.head_dim, call.copies_16_bytes, everything);
+  load_tile<Tiles::kThreads>(dout, rows_of(arguments.dout, batch, head), piece.queries, first, last,
+                             call.head_dim, call.copies_16_bytes, everything);
   RowNumbers numbers[2] = {{INFINITY, 0.0f, 0.0f, 0.0f}, {INFINITY, 0.0f, 0.0f, 0.0f}};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (first + lane_row + 8 * half < last) {
-      numbers[half] =
-          arguments.row_numbers[(batch * call.num_heads + head) * call.branch_rows +
-                                piece.saved_row(first) + lane_row + 8 * half];
+      numbers[half] = arguments.row_numbers[(batch * call.num_heads + head) * call.branch_rows +
+                                            piece.saved_row(first) + lane_row + 8 * half];
     }
   }
 
@@ -131,9 +130,10 @@ __global__ void __launch_bounds__(BackwardTiles<Element, kDim>::kThreads)
   float sums[kDim / 8][4] = {};
   for (std::int64_t k = piece.keys.first; k < keys_end; k += kColumns) {
     __syncthreads();
-    load_tile<Tiles::kThreads>(key, keys, piece.keys, k, keys_end, call.head_dim, call.copies_16_bytes, takes_part);
-    load_tile<Tiles::kThreads>(value, values, piece.keys, k, keys_end, call.head_dim, call.copies_16_bytes,
-              takes_part);
+    load_tile<Tiles::kThreads>(key, keys, piece.keys, k, keys_end, call.head_dim,
+                               call.copies_16_bytes, takes_part);
+    load_tile<Tiles::kThreads>(value, values, piece.keys, k, keys_end, call.head_dim,
+                               call.copies_16_bytes, takes_part);
     close_copies();
     wait_for_copies<0>();
     __syncthreads();
@@ -161,8 +161,7 @@ __global__ void __launch_bounds__(BackwardTiles<Element, kDim>::kThreads)
     for (int j = 0; j < kColumns / 8; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        dscores[j][e] =
-            scores[j][e] * (call.out_scale * dscores[j][e] - numbers[e / 2].delta);
+        dscores[j][e] = scores[j][e] * (call.out_scale * dscores[j][e] - numbers[e / 2].delta);
       }
     }
     if (diagonal || present < kColumns) {
@@ -206,8 +205,7 @@ __global__ void __launch_bounds__(BackwardTiles<Element, kDim>::kThreads)
                   first_head, piece)) {
     return;
   }
-  const std::int64_t* const offsets =
-      call.offsets + std::int64_t{piece.branch} * call.num_heads;
+  const std::int64_t* const offsets = call.offsets + std::int64_t{piece.branch} * call.num_heads;
   for (int head = kv_head * call.heads_per_kv_head; head < first_head; ++head) {
     if (offsets[head] == piece.offset) {
       return;  // that head's block sums these rows
@@ -224,10 +222,10 @@ __global__ void __launch_bounds__(BackwardTiles<Element, kDim>::kThreads)
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * kWarpRows;
   const int lane_row = warp_row + static_cast<int>(threadIdx.x) % 32 / 4;  // and this + 8
   const std::int64_t saved_zero = piece.saved_row(0);
-  load_tile<Tiles::kThreads>(key, rows_of(arguments.key, batch, kv_head), piece.keys, first, last, call.head_dim,
-            call.copies_16_bytes, takes_part);
-  load_tile<Tiles::kThreads>(value, rows_of(arguments.value, batch, kv_head), piece.keys, first, last,
-            call.head_dim, call.copies_16_bytes, takes_part);
+  load_tile<Tiles::kThreads>(key, rows_of(arguments.key, batch, kv_head), piece.keys, first, last,
+                             call.head_dim, call.copies_16_bytes, takes_part);
+  load_tile<Tiles::kThreads>(value, rows_of(arguments.value, batch, kv_head), piece.keys, first,
+                             last, call.head_dim, call.copies_16_bytes, takes_part);
 
   const float factor = call.units.factor();
   const float sign = call.units.sign();
@@ -246,15 +244,14 @@ __global__ void __launch_bounds__(BackwardTiles<Element, kDim>::kThreads)
         arguments.row_numbers + (batch * call.num_heads + head) * call.branch_rows;
     for (std::int64_t q = queries_begin; q < piece.queries.last; q += kColumns) {
       __syncthreads();
-      load_tile<Tiles::kThreads>(query, queries, piece.queries, q, piece.queries.last, call.head_dim,
-                call.copies_16_bytes, everything);
+      load_tile<Tiles::kThreads>(query, queries, piece.queries, q, piece.queries.last,
+                                 call.head_dim, call.copies_16_bytes, everything);
       load_tile<Tiles::kThreads>(dout, douts, piece.queries, q, piece.queries.last, call.head_dim,
-                call.copies_16_bytes, everything);
+                                 call.copies_16_bytes, everything);
       close_copies();
       for (int i = static_cast<int>(threadIdx.x); i < kColumns; i += Tiles::kThreads) {
-        tiles.numbers[i] = q + i < piece.queries.last
-                               ? row_numbers[saved_zero + q + i]
-                               : RowNumbers{INFINITY, 0.0f, 0.0f, 0.0f};
+        tiles.numbers[i] = q + i < piece.queries.last ? row_numbers[saved_zero + q + i]
+                                                      : RowNumbers{INFINITY, 0.0f, 0.0f, 0.0f};
       }
       wait_for_copies<0>();
       __syncthreads();
@@ -271,9 +268,8 @@ __global__ void __launch_bounds__(BackwardTiles<Element, kDim>::kThreads)
         score = probability(score, factor, tiles.numbers[column]);
       });
       if (diagonal) {
-        for_each_entry(scores, [&](float& p, int half, int column) {
-          p = sees(8 * half, column) ? p : 0.0f;
-        });
+        for_each_entry(
+            scores, [&](float& p, int half, int column) { p = sees(8 * half, column) ? p : 0.0f; });
       }
       const auto drop = [&](float& x, int half, int column) {
         x *= dropout(q + column, first + lane_row + 8 * half);
@@ -373,8 +369,8 @@ void branches_backward(const BackwardArguments& arguments, const CudaDecision& d
 
 extern template void branches_backward<float>(const BackwardArguments&, const CudaDecision&,
                                               cudaStream_t);
-extern template void branches_backward<__nv_bfloat16>(const BackwardArguments&,
-                                                      const CudaDecision&, cudaStream_t);
+extern template void branches_backward<__nv_bfloat16>(const BackwardArguments&, const CudaDecision&,
+                                                      cudaStream_t);
 extern template void branches_backward<__half>(const BackwardArguments&, const CudaDecision&,
                                                cudaStream_t);
 

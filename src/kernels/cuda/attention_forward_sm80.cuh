@@ -40,7 +40,8 @@ struct ForwardTiles {
 };
 
 template <typename Element, int kDim>
-__global__ void __launch_bounds__(ForwardTiles<Element, kDim>::kThreads, ForwardTiles<Element, kDim>::kBlocks)
+__global__ void __launch_bounds__(ForwardTiles<Element, kDim>::kThreads,
+                                  ForwardTiles<Element, kDim>::kBlocks)
     forward_kernel(const __grid_constant__ ForwardArguments arguments) {
   using Tiles = ForwardTiles<Element, kDim>;
   constexpr int kColumns = Tiles::kShape.forward_columns;
@@ -76,12 +77,12 @@ __global__ void __launch_bounds__(ForwardTiles<Element, kDim>::kThreads, Forward
 
   const auto load_keys = [&](typename Tiles::Keys& tile, const Rows<const std::byte>& rows,
                              std::int64_t at) {
-    load_tile<Tiles::kThreads>(tile, rows, piece.keys, at, keys_end, call.head_dim, call.copies_16_bytes,
-              takes_part);
+    load_tile<Tiles::kThreads>(tile, rows, piece.keys, at, keys_end, call.head_dim,
+                               call.copies_16_bytes, takes_part);
     close_copies();
   };
-  load_tile<Tiles::kThreads>(tiles.query, queries, piece.queries, first, last, call.head_dim, call.copies_16_bytes,
-            [](std::int64_t) { return true; });
+  load_tile<Tiles::kThreads>(tiles.query, queries, piece.queries, first, last, call.head_dim,
+                             call.copies_16_bytes, [](std::int64_t) { return true; });
   if (piece.keys.first < keys_end) {
     load_keys(tiles.key, keys, piece.keys.first);
   }

@@ -74,8 +74,8 @@ __device__ inline bool find_piece(const Call& call, const TileGroup* groups, int
   }
   piece.queries = piece.geometry.span(piece.segment, piece.offset, piece.sequence.queries,
                                       piece.sequence.query_row);
-  piece.keys = piece.geometry.span(piece.segment, piece.offset, piece.sequence.keys,
-                                   piece.sequence.key_row);
+  piece.keys =
+      piece.geometry.span(piece.segment, piece.offset, piece.sequence.keys, piece.sequence.key_row);
   return true;
 }
 
