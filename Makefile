@@ -102,7 +102,7 @@ endef
 test-arm: $(TEST_ENVIRONMENT) ## C++ tests for 64-bit Arm under qemu (preset cpu-arm); fails without tools only in CI
 	$(call with,aarch64-linux-gnu-g++ qemu-aarch64-static,tools/set_up_arm.sh; cmake --workflow --preset cpu-arm)
 
-test-cuda: $(TEST_ENVIRONMENT) ## Compile the CUDA probe (preset cuda); fails without nvcc only in CI
+test-cuda: $(TEST_ENVIRONMENT) ## Compile the CUDA kernels (preset cuda); fails without nvcc only in CI
 	$(call with,nvcc,cmake --workflow --preset cuda)
 
 test-clang: $(TEST_ENVIRONMENT) ## C++ tests built with clang (preset cpu-clang); fails without it only in CI

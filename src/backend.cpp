@@ -38,8 +38,8 @@ const Backend& find(const Forced& forced) {
                          fmt::format("one of {}", fmt::join(names, ", ")), forced.name, ""});
 }
 
-/// A back end that rejects a problem is not asked whether it is available: calls on the CPU must not
-/// wake a driver.
+/// A back end that rejects a problem is not asked whether it is available: calls on the CPU must
+/// not wake a driver.
 std::string reason_against(const Backend& backend, const Problem& problem) {
   const std::string reason = backend.rejects(problem);
   return reason.empty() ? backend.unavailable() : reason;

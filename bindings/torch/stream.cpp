@@ -1,9 +1,8 @@
 // The current CUDA stream, from whichever torch is loaded.
-#include <dlfcn.h>
-
 #include <stdexcept>
 
 #include "bindings/torch/stable_abi.h"
+#include <dlfcn.h>
 
 namespace dilated::binding {
 
@@ -15,9 +14,9 @@ void* current_stream(const Tensor& tensor) {
   static const auto function = [] {
     // Already loaded, if there is a CUDA tensor.
     void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library == nullptr ? nullptr
-                              : reinterpret_cast<Function>(
-                                    dlsym(library, "aoti_torch_get_current_cuda_stream"));
+    return library == nullptr
+               ? nullptr
+               : reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
   }();
   if (function == nullptr) {
     throw std::runtime_error("dilated: torch's current CUDA stream cannot be found");

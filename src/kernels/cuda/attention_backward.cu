@@ -120,10 +120,8 @@ TensorView sums_of(const TensorView& result, std::byte* memory) {
     return result;
   }
   const std::int64_t token = result.shape[2] * result.shape[3];
-  return {memory,
-          DType::kFloat32,
-          result.shape,
-          {result.shape[1] * token, token, result.shape[3], 1}};
+  return {
+      memory, DType::kFloat32, result.shape, {result.shape[1] * token, token, result.shape[3], 1}};
 }
 
 }  // namespace
@@ -153,8 +151,8 @@ void attention_backward(const Plan& plan, const BackwardTensors& tensors, const 
   for (const TensorView* const view : all_sums) {
     write_rows(*view, {}, stream);
   }
-  launch(row_numbers_kernel, {decision.query_tiles.back(), problem.num_heads},
-         decision.tiles.rows, 0, stream,
+  launch(row_numbers_kernel, {decision.query_tiles.back(), problem.num_heads}, decision.tiles.rows,
+         0, stream,
          NumbersArguments{.call = arguments.call,
                           .dtype = problem.dtype,
                           .dout = tensors.dout,

@@ -39,7 +39,7 @@ struct BackwardArguments {
 /// P = 2^(f (S - base) - residual). Product and difference are rounded one by one, as in the
 /// residual itself.
 __device__ inline float probability(float score, float factor, const RowNumbers& row) {
-  return exp2f(__fsub_rn(__fmul_rn(factor, score - row.base), row.residual));
+  return power_of_2(__fsub_rn(__fmul_rn(factor, score - row.base), row.residual));
 }
 
 template <int kCount>
@@ -109,19 +109,19 @@ __global__ void __launch_bounds__(BackwardTiles<Element, kDim>::kThreads)
   const auto keys = rows_of(arguments.key, batch, kv_head);
   const auto values = rows_of(arguments.value, batch, kv_head);
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * kWarpRows;
-  const std::int64_t lane_row = first + warp_row + static_cast<int>(threadIdx.x) % 32 / 4;
+  const int lane_row = warp_row + static_cast<int>(threadIdx.x) % 32 / 4;  // and this + 8
+  const RowDropout dropout = dropout_of(call, piece, head);
 
-  load_tile(query, rows_of(arguments.query, batch, head), piece.queries, first, last,
-            call.head_dim, call.copies_16_bytes, everything);
-  load_tile(dout, rows_of(arguments.dout, batch, head), piece.queries, first, last, call.head_dim,
-            call.copies_16_bytes, everything);
+  load_tile<Tiles::kThreads>(query, rows_of(arguments.query, batch, head), piece.queries, first,
+                             last, call.head_dim, call.copies_16_bytes, everything);
+  load_tile<Tiles::kThreads>(dout, rows_of(arguments.dout, batch, head), piece.queries, first, last,
+                             call.head_dim, call.copies_16_bytes, everything);
   RowNumbers numbers[2] = {{INFINITY, 0.0f, 0.0f, 0.0f}, {INFINITY, 0.0f, 0.0f, 0.0f}};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    if (lane_row + 8 * half < last) {
-      numbers[half] =
-          arguments.row_numbers[(batch * call.num_heads + head) * call.branch_rows +
-                                piece.saved_row(lane_row + 8 * half)];
+    if (first + lane_row + 8 * half < last) {
+      numbers[half] = arguments.row_numbers[(batch * call.num_heads + head) * call.branch_rows +
+                                            piece.saved_row(first) + lane_row + 8 * half];
     }
   }
 
@@ -130,9 +130,10 @@ __global__ void __launch_bounds__(BackwardTiles<Element, kDim>::kThreads)
   float sums[kDim / 8][4] = {};
   for (std::int64_t k = piece.keys.first; k < keys_end; k += kColumns) {
     __syncthreads();
-    load_tile(key, keys, piece.keys, k, keys_end, call.head_dim, call.copies_16_bytes, takes_part);
-    load_tile(value, values, piece.keys, k, keys_end, call.head_dim, call.copies_16_bytes,
-              takes_part);
+    load_tile<Tiles::kThreads>(key, keys, piece.keys, k, keys_end, call.head_dim,
+                               call.copies_16_bytes, takes_part);
+    load_tile<Tiles::kThreads>(value, values, piece.keys, k, keys_end, call.head_dim,
+                               call.copies_16_bytes, takes_part);
     close_copies();
     wait_for_copies<0>();
     __syncthreads();
@@ -141,34 +142,36 @@ __global__ void __launch_bounds__(BackwardTiles<Element, kDim>::kThreads)
     multiply_rows(scores, query, warp_row, key);
     multiply_rows(dscores, dout, warp_row, value);
 
+    const int present = distance(keys_end, k);  // keys of this tile
+    const int seen = call.is_causal ? distance(first, k) + lane_row : kColumns;  // the last one
+    const auto sees = [&](int row, int column) { return column <= seen + row; };
     const bool diagonal = call.is_causal && k + kColumns - 1 > first;
-    const auto sees = [&](int row, int column) {
-      return !call.is_causal || k + column <= lane_row + row;
-    };
-    const bool some_hidden = diagonal || k + kColumns > keys_end || call.masks.key_mask.defined();
+    if (sign != 1.0f) {
+      for_each_entry(scores, [&](float& score, int, int) { score *= sign; });
+    }
     for_each_entry(scores, [&](float& score, int half, int) {
-      score = probability(sign * score, factor, numbers[half]);
+      score = probability(score, factor, numbers[half]);
     });
     if (call.dropout_p > 0.0) {
-      const Dropout dropout = dropout_of(call, piece, head);
-      for_each_entry(dscores, [&](float& dp, int half, int column) {
-        dp *= static_cast<float>(
-            dropout(piece.position(lane_row + 8 * half), piece.position(k + column)));
+      for_each_entry_apart(dscores, [&](float& dp, int half, int column) {
+        dp *= dropout(first + lane_row + 8 * half, k + column);
       });
     }
 #pragma unroll
     for (int j = 0; j < kColumns / 8; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        dscores[j][e] =
-            scores[j][e] * (call.out_scale * dscores[j][e] - numbers[e / 2].delta);
+        dscores[j][e] = scores[j][e] * (call.out_scale * dscores[j][e] - numbers[e / 2].delta);
       }
     }
-    if (some_hidden) {
+    if (diagonal || present < kColumns) {
       for_each_entry(dscores, [&](float& ds, int half, int column) {
-        const bool taken = k + column < keys_end && sees(8 * half, column) &&
-                           takes_part(piece.keys.row(k + column));
-        ds = taken ? ds : 0.0f;
+        ds = column < present && sees(8 * half, column) ? ds : 0.0f;
+      });
+    }
+    if (call.masks.key_mask.defined()) {
+      for_each_entry_apart(dscores, [&](float& ds, int, int column) {
+        ds = column < present && takes_part(piece.keys.row(k + column)) ? ds : 0.0f;
       });
     }
     if (diagonal) {
@@ -178,8 +181,8 @@ __global__ void __launch_bounds__(BackwardTiles<Element, kDim>::kThreads)
     add_product(sums, dscores, key);
   }
   add_rows(sums, rows_of(arguments.dquery, batch, head), call.scale, call.head_dim,
-           {piece.queries.row(lane_row), piece.queries.row(lane_row + 8)},
-           {lane_row < last, lane_row + 8 < last});
+           {piece.queries.row(first + lane_row), piece.queries.row(first + lane_row + 8)},
+           {first + lane_row < last, first + lane_row + 8 < last});
 }
 
 /// dK, dV or both of one tile of key rows, for the query heads of one key/value head whose offset
@@ -202,8 +205,7 @@ __global__ void __launch_bounds__(BackwardTiles<Element, kDim>::kThreads)
                   first_head, piece)) {
     return;
   }
-  const std::int64_t* const offsets =
-      call.offsets + std::int64_t{piece.branch} * call.num_heads;
+  const std::int64_t* const offsets = call.offsets + std::int64_t{piece.branch} * call.num_heads;
   for (int head = kv_head * call.heads_per_kv_head; head < first_head; ++head) {
     if (offsets[head] == piece.offset) {
       return;  // that head's block sums these rows
@@ -218,11 +220,12 @@ __global__ void __launch_bounds__(BackwardTiles<Element, kDim>::kThreads)
   const KeyFilter takes_part(call.masks, batch);
   const auto everything = [](std::int64_t) { return true; };
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * kWarpRows;
-  const std::int64_t lane_row = first + warp_row + static_cast<int>(threadIdx.x) % 32 / 4;
-  load_tile(key, rows_of(arguments.key, batch, kv_head), piece.keys, first, last, call.head_dim,
-            call.copies_16_bytes, takes_part);
-  load_tile(value, rows_of(arguments.value, batch, kv_head), piece.keys, first, last,
-            call.head_dim, call.copies_16_bytes, takes_part);
+  const int lane_row = warp_row + static_cast<int>(threadIdx.x) % 32 / 4;  // and this + 8
+  const std::int64_t saved_zero = piece.saved_row(0);
+  load_tile<Tiles::kThreads>(key, rows_of(arguments.key, batch, kv_head), piece.keys, first, last,
+                             call.head_dim, call.copies_16_bytes, takes_part);
+  load_tile<Tiles::kThreads>(value, rows_of(arguments.value, batch, kv_head), piece.keys, first,
+                             last, call.head_dim, call.copies_16_bytes, takes_part);
 
   const float factor = call.units.factor();
   const float sign = call.units.sign();
@@ -234,60 +237,62 @@ __global__ void __launch_bounds__(BackwardTiles<Element, kDim>::kThreads)
     if (offsets[head] != piece.offset) {
       continue;
     }
+    const RowDropout dropout = dropout_of(call, piece, head);
     const auto queries = rows_of(arguments.query, batch, head);
     const auto douts = rows_of(arguments.dout, batch, head);
     const RowNumbers* const row_numbers =
         arguments.row_numbers + (batch * call.num_heads + head) * call.branch_rows;
     for (std::int64_t q = queries_begin; q < piece.queries.last; q += kColumns) {
       __syncthreads();
-      load_tile(query, queries, piece.queries, q, piece.queries.last, call.head_dim,
-                call.copies_16_bytes, everything);
-      load_tile(dout, douts, piece.queries, q, piece.queries.last, call.head_dim,
-                call.copies_16_bytes, everything);
+      load_tile<Tiles::kThreads>(query, queries, piece.queries, q, piece.queries.last,
+                                 call.head_dim, call.copies_16_bytes, everything);
+      load_tile<Tiles::kThreads>(dout, douts, piece.queries, q, piece.queries.last, call.head_dim,
+                                 call.copies_16_bytes, everything);
       close_copies();
       for (int i = static_cast<int>(threadIdx.x); i < kColumns; i += Tiles::kThreads) {
-        tiles.numbers[i] = q + i < piece.queries.last
-                               ? row_numbers[piece.saved_row(q + i)]
-                               : RowNumbers{INFINITY, 0.0f, 0.0f, 0.0f};
+        tiles.numbers[i] = q + i < piece.queries.last ? row_numbers[saved_zero + q + i]
+                                                      : RowNumbers{INFINITY, 0.0f, 0.0f, 0.0f};
       }
       wait_for_copies<0>();
       __syncthreads();
       float scores[kColumns / 8][4];
       multiply_rows(scores, key, warp_row, query);
 
+      const int unseen = call.is_causal ? distance(first, q) + lane_row : 0;  // earlier queries
+      const auto sees = [&](int row, int column) { return column >= unseen + row; };
       const bool diagonal = call.is_causal && q < first + Tiles::kShape.rows - 1;
-      const auto sees = [&](int row, int column) {
-        return !call.is_causal || lane_row + row <= q + column;
-      };
-      for_each_entry(scores, [&](float& score, int half, int column) {
-        score = probability(sign * score, factor, tiles.numbers[column]);
-        if (diagonal) {
-          score = sees(8 * half, column) ? score : 0.0f;
-        }
+      if (sign != 1.0f) {
+        for_each_entry(scores, [&](float& score, int, int) { score *= sign; });
+      }
+      for_each_entry(scores, [&](float& score, int, int column) {
+        score = probability(score, factor, tiles.numbers[column]);
       });
-      const Dropout dropout =
-          call.dropout_p > 0.0 ? dropout_of(call, piece, head) : Dropout(0.0, 0, 0, 0);
-      const auto keep = [&](int half, int column) {
-        return call.dropout_p > 0.0
-                   ? static_cast<float>(dropout(piece.position(q + column),
-                                                piece.position(lane_row + 8 * half)))
-                   : 1.0f;
+      if (diagonal) {
+        for_each_entry(
+            scores, [&](float& p, int half, int column) { p = sees(8 * half, column) ? p : 0.0f; });
+      }
+      const auto drop = [&](float& x, int half, int column) {
+        x *= dropout(q + column, first + lane_row + 8 * half);
       };
       if constexpr (kKey) {
         float dscores[kColumns / 8][4];
         multiply_rows(dscores, value, warp_row, dout);
+        if (call.dropout_p > 0.0) {
+          for_each_entry_apart(dscores, drop);
+        }
         const int pair = 2 * (static_cast<int>(threadIdx.x) % 4);
 #pragma unroll
         for (int j = 0; j < kColumns / 8; ++j) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            const int column = 8 * j + pair + e % 2;
-            const float dp = call.out_scale * keep(e / 2, column) * dscores[j][e];
-            dscores[j][e] = scores[j][e] * (dp - tiles.numbers[column].delta);
-            if (diagonal) {
-              dscores[j][e] = sees(e / 2 * 8, column) ? dscores[j][e] : 0.0f;
-            }
+            const float delta = tiles.numbers[8 * j + pair + e % 2].delta;
+            dscores[j][e] = scores[j][e] * (call.out_scale * dscores[j][e] - delta);
           }
+        }
+        if (diagonal) {
+          for_each_entry(dscores, [&](float& ds, int half, int column) {
+            ds = sees(8 * half, column) ? ds : 0.0f;
+          });
         }
         if (diagonal) {
           __syncthreads();
@@ -297,8 +302,7 @@ __global__ void __launch_bounds__(BackwardTiles<Element, kDim>::kThreads)
       }
       if constexpr (kValue) {
         if (call.dropout_p > 0.0) {
-          for_each_entry(scores,
-                         [&](float& p, int half, int column) { p *= keep(half, column); });
+          for_each_entry_apart(scores, drop);
         }
         if (diagonal) {
           __syncthreads();
@@ -308,9 +312,9 @@ __global__ void __launch_bounds__(BackwardTiles<Element, kDim>::kThreads)
       }
     }
   }
-  const std::int64_t at[2] = {piece.keys.row(lane_row), piece.keys.row(lane_row + 8)};
-  const bool writes[2] = {lane_row < last && takes_part(at[0]),
-                          lane_row + 8 < last && takes_part(at[1])};
+  const std::int64_t row = first + lane_row;
+  const std::int64_t at[2] = {piece.keys.row(row), piece.keys.row(row + 8)};
+  const bool writes[2] = {row < last && takes_part(at[0]), row + 8 < last && takes_part(at[1])};
   if constexpr (kKey) {
     add_rows(dkey, rows_of(arguments.dkey, batch, kv_head), call.scale, call.head_dim, at, writes);
   }
@@ -365,8 +369,8 @@ void branches_backward(const BackwardArguments& arguments, const CudaDecision& d
 
 extern template void branches_backward<float>(const BackwardArguments&, const CudaDecision&,
                                               cudaStream_t);
-extern template void branches_backward<__nv_bfloat16>(const BackwardArguments&,
-                                                      const CudaDecision&, cudaStream_t);
+extern template void branches_backward<__nv_bfloat16>(const BackwardArguments&, const CudaDecision&,
+                                                      cudaStream_t);
 extern template void branches_backward<__half>(const BackwardArguments&, const CudaDecision&,
                                                cudaStream_t);
 

@@ -34,8 +34,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   const Sequence& whole = call.sequences[group.sequence];
   const Sequence sequence = used_sequence(call, group.sequence);
   const std::int64_t first = (blockIdx.x - group.first_tile) * arguments.rows_per_block;
-  const auto rows =
-      static_cast<int>(min(arguments.rows_per_block, whole.queries.size() - first));
+  const auto rows = static_cast<int>(min(arguments.rows_per_block, whole.queries.size() - first));
   const std::int64_t position = whole.queries.begin + first;
 
   for (int i = static_cast<int>(threadIdx.x); i < rows * call.num_branches; i += kMergeThreads) {
@@ -175,16 +174,15 @@ void attention_forward(const Plan& plan, const ForwardTensors& tensors, const Co
   }
 
   const TensorView& saved = arguments.branch_out;
-  const MergeArguments merge{
-      .call = arguments.call,
-      .rows_per_block = decision.merge_rows,
-      .branch_out = {saved.data, saved.dtype, saved.shape, saved.strides},
-      .branch_sums = arguments.branch_sums,
-      .out = tensors.out,
-      .lse = tensors.lse,
-      .lse_residual = tensors.lse_residual};
-  const auto shared = static_cast<int>(decision.merge_rows * sizeof(Place) *
-                                       problem.branches.size());
+  const MergeArguments merge{.call = arguments.call,
+                             .rows_per_block = decision.merge_rows,
+                             .branch_out = {saved.data, saved.dtype, saved.shape, saved.strides},
+                             .branch_sums = arguments.branch_sums,
+                             .out = tensors.out,
+                             .lse = tensors.lse,
+                             .lse_residual = tensors.lse_residual};
+  const auto shared =
+      static_cast<int>(decision.merge_rows * sizeof(Place) * problem.branches.size());
   launch(problem.head_dim % 4 == 0 ? merge_kernel<4> : merge_kernel<1>, {decision.row_tiles},
          kMergeThreads, shared, stream, merge, "forward: merge");
 }

@@ -4,6 +4,6 @@
 namespace dilated::gpu {
 
 template void branches_forward<__nv_bfloat16>(const ForwardArguments&, const CudaDecision&,
-                                  cudaStream_t);
+                                              cudaStream_t);
 
 }  // namespace dilated::gpu

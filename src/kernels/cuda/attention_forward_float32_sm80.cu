@@ -3,7 +3,6 @@
 
 namespace dilated::gpu {
 
-template void branches_forward<float>(const ForwardArguments&, const CudaDecision&,
-                                  cudaStream_t);
+template void branches_forward<float>(const ForwardArguments&, const CudaDecision&, cudaStream_t);
 
 }  // namespace dilated::gpu

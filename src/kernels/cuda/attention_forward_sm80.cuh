@@ -28,6 +28,8 @@ template <typename Element, int kDim>
 struct ForwardTiles {
   static constexpr TileShape kShape = tile_shape(kDim * static_cast<int>(sizeof(Element)));
   static constexpr int kThreads = kShape.rows / kWarpRows * 32;
+  /// Blocks of one multiprocessor: more hide latencies, fewer have more registers.
+  static constexpr int kBlocks = kDim <= 64 ? 4 : kDim <= 128 ? 3 : 2;
   using Queries = SharedTile<Element, kShape.rows, kDim>;
   using Keys = SharedTile<Element, kShape.forward_columns, kDim>;
 
@@ -38,7 +40,8 @@ struct ForwardTiles {
 };
 
 template <typename Element, int kDim>
-__global__ void __launch_bounds__(ForwardTiles<Element, kDim>::kThreads)
+__global__ void __launch_bounds__(ForwardTiles<Element, kDim>::kThreads,
+                                  ForwardTiles<Element, kDim>::kBlocks)
     forward_kernel(const __grid_constant__ ForwardArguments arguments) {
   using Tiles = ForwardTiles<Element, kDim>;
   constexpr int kColumns = Tiles::kShape.forward_columns;
@@ -65,16 +68,21 @@ __global__ void __launch_bounds__(ForwardTiles<Element, kDim>::kThreads)
   const auto keys = rows_of(arguments.key, batch, kv_head);
   const auto values = rows_of(arguments.value, batch, kv_head);
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * kWarpRows;
-  const std::int64_t lane_row = first + warp_row + static_cast<int>(threadIdx.x) % 32 / 4;
+  const int lane_row = warp_row + static_cast<int>(threadIdx.x) % 32 / 4;  // and this + 8
+  const std::int64_t saved_first = piece.saved_row(first);
+  const RowDropout dropout = dropout_of(call, piece, head);
+  const auto phantoms = static_cast<float>(
+      call.has_phantoms ? piece.geometry.phantoms(piece.segment, piece.offset, piece.sequence.keys)
+                        : 0);
 
   const auto load_keys = [&](typename Tiles::Keys& tile, const Rows<const std::byte>& rows,
                              std::int64_t at) {
-    load_tile(tile, rows, piece.keys, at, keys_end, call.head_dim, call.copies_16_bytes,
-              takes_part);
+    load_tile<Tiles::kThreads>(tile, rows, piece.keys, at, keys_end, call.head_dim,
+                               call.copies_16_bytes, takes_part);
     close_copies();
   };
-  load_tile(tiles.query, queries, piece.queries, first, last, call.head_dim, call.copies_16_bytes,
-            [](std::int64_t) { return true; });
+  load_tile<Tiles::kThreads>(tiles.query, queries, piece.queries, first, last, call.head_dim,
+                             call.copies_16_bytes, [](std::int64_t) { return true; });
   if (piece.keys.first < keys_end) {
     load_keys(tiles.key, keys, piece.keys.first);
   }
@@ -97,21 +105,27 @@ __global__ void __launch_bounds__(ForwardTiles<Element, kDim>::kThreads)
       close_copies();
     }
 
+    const int present = distance(keys_end, k);  // keys of this tile
+    const int seen = call.is_causal ? distance(first, k) + lane_row : kColumns;  // the last one
+    const auto sees = [&](int row, int column) { return column <= seen + row; };
     const bool diagonal = call.is_causal && k + kColumns - 1 > first;
-    const auto sees = [&](int row, int column) {
-      return !call.is_causal || k + column <= lane_row + row;
-    };
-    const bool some_hidden = diagonal || k + kColumns > keys_end || call.masks.key_mask.defined();
-    float top[2] = {rows[0].max, rows[1].max};
-    for_each_entry(scores, [&](float& score, int half, int column) {
-      score *= sign;
-      if (some_hidden) {
-        const bool taken = k + column < keys_end && sees(8 * half, column) &&
-                           takes_part(piece.keys.row(k + column));
+    if (sign != 1.0f) {
+      for_each_entry(scores, [&](float& score, int, int) { score *= sign; });
+    }
+    if (diagonal || present < kColumns) {
+      for_each_entry(scores, [&](float& score, int half, int column) {
+        score = column < present && sees(8 * half, column) ? score : kAbsentLse<float>;
+      });
+    }
+    if (call.masks.key_mask.defined()) {
+      for_each_entry_apart(scores, [&](float& score, int, int column) {
+        const bool taken = column < present && takes_part(piece.keys.row(k + column));
         score = taken ? score : kAbsentLse<float>;
-      }
-      top[half] = fmaxf(top[half], score);
-    });
+      });
+    }
+    float top[2] = {rows[0].max, rows[1].max};
+    for_each_entry(scores,
+                   [&](float& score, int half, int) { top[half] = fmaxf(top[half], score); });
     float base[2];
     float shrink[2];
 #pragma unroll
@@ -119,18 +133,16 @@ __global__ void __launch_bounds__(ForwardTiles<Element, kDim>::kThreads)
       top[half] = quad_max(top[half]);
       // A row without keys so far: 0 in place of -inf keeps -inf - (-inf) out.
       base[half] = top[half] == kAbsentLse<float> ? 0.0f : top[half];
-      shrink[half] = exp2f(factor * (rows[half].max - base[half]));
+      shrink[half] = power_of_2(factor * (rows[half].max - base[half]));
       rows[half] = {top[half], rows[half].sum * shrink[half]};
     }
     for_each_entry(scores, [&](float& score, int half, int) {
-      score = exp2f(factor * (score - base[half]));
+      score = power_of_2(factor * (score - base[half]));
       rows[half].sum += score;
     });
     if (call.dropout_p > 0.0) {
-      const Dropout dropout = dropout_of(call, piece, head);
-      for_each_entry(scores, [&](float& p, int half, int column) {
-        p *= static_cast<float>(
-            dropout(piece.position(lane_row + 8 * half), piece.position(k + column)));
+      for_each_entry_apart(scores, [&](float& p, int half, int column) {
+        p *= dropout(first + lane_row + 8 * half, k + column);
       });
     }
     for_each_entry(sums, [&](float& sum, int half, int) { sum *= shrink[half]; });
@@ -142,19 +154,16 @@ __global__ void __launch_bounds__(ForwardTiles<Element, kDim>::kThreads)
     add_product(sums, scores, tiles.value);
   }
 
-  const std::int64_t phantoms =
-      call.has_phantoms ? piece.geometry.phantoms(piece.segment, piece.offset, piece.sequence.keys)
-                        : 0;
   float normalise[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     ScaledSum<float>& row = rows[half];
     row.sum = quad_sum(row.sum);
     float shrink = 1.0f;
-    if (phantoms > 0) {  // keys of score 0
+    if (phantoms > 0.0f) {  // keys of score 0
       const float top = fmaxf(row.max, 0.0f);
       shrink = call.units.power(row.max - top);
-      row = {top, row.sum * shrink + static_cast<float>(phantoms) * call.units.power(-top)};
+      row = {top, row.sum * shrink + phantoms * call.units.power(-top)};
     }
     normalise[half] = row.max == kAbsentLse<float> ? 0.0f : shrink / row.sum;
   }
@@ -162,11 +171,11 @@ __global__ void __launch_bounds__(ForwardTiles<Element, kDim>::kThreads)
   const bool writes_pairs = call.head_dim % 2 == 0 && arguments.branch_out.strides[2] % 2 == 0;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const std::int64_t row = lane_row + 8 * half;
-    if (row >= last) {
+    const int row = lane_row + 8 * half;
+    if (first + row >= last) {
       continue;
     }
-    const std::int64_t at = piece.saved_row(row);
+    const std::int64_t at = saved_first + row;
     float* const to = out.row(at);
     const int pair = 2 * (static_cast<int>(threadIdx.x) % 4);
 #pragma unroll

@@ -1,11 +1,10 @@
 // Sends the tables of a plan to the device.
-#include "src/kernels/cuda/call.h"
-
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "src/kernels/cuda/call.h"
 #include "src/kernels/cuda/device/launch.cuh"
 
 namespace dilated::gpu {

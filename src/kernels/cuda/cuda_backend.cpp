@@ -1,6 +1,7 @@
 // The CUDA back end: float32, bfloat16 and float16 with float32 accumulation, every option, on
 // cards of compute capability 8.0 and newer.
 #include <cuda_runtime_api.h>
+
 #include <fmt/format.h>
 
 #include "src/backend_table.h"

@@ -44,8 +44,8 @@ void add_groups(const Plan& plan, std::size_t branch, std::int64_t rows, const W
     if (positions.size() > 0) {
       const BranchGeometry geometry(sequence.length, shape.segment, shape.dilation);
       group.first_segment = positions.begin / geometry.segment;
-      group.tiles_per_segment = ceil_div(
-          std::min(geometry.slots(), positions.size() / geometry.dilation + 1), rows);
+      group.tiles_per_segment =
+          ceil_div(std::min(geometry.slots(), positions.size() / geometry.dilation + 1), rows);
       const std::int64_t segments =
           (positions.end - 1) / geometry.segment + 1 - group.first_segment;
       tiles += segments * group.tiles_per_segment;
@@ -111,10 +111,9 @@ CudaDecision::CudaDecision(const Plan& plan)
   branch_sums = whole_pieces(rows * 8);
   branch_out = whole_pieces(rows * 4 * problem.head_dim);
   row_numbers = whole_pieces(rows * 16);
-  query_gradient =
-      rounds ? whole_pieces(problem.batch * problem.query_rows() * problem.num_heads * 4 *
-                            problem.head_dim)
-             : 0;
+  query_gradient = rounds ? whole_pieces(problem.batch * problem.query_rows() * problem.num_heads *
+                                         4 * problem.head_dim)
+                          : 0;
   key_gradient = rounds ? whole_pieces(problem.batch * problem.key_rows() * problem.num_kv_heads *
                                        4 * problem.head_dim)
                         : 0;

@@ -72,9 +72,9 @@ template <typename Void>
 __device__ auto rows_of(const StridedView<Void, 4>& view, std::int64_t batch, std::int64_t head) {
   using Byte = std::conditional_t<std::is_const_v<Void>, const std::byte, std::byte>;
   const std::int64_t size = bytes_of(view.dtype);
-  return Rows<Byte>{static_cast<Byte*>(view.data) +
-                        (batch * view.strides[0] + head * view.strides[2]) * size,
-                    view.strides[1] * size, view.dtype};
+  return Rows<Byte>{
+      static_cast<Byte*>(view.data) + (batch * view.strides[0] + head * view.strides[2]) * size,
+      view.strides[1] * size, view.dtype};
 }
 
 /// Rows of one (batch, head) of saved branch results, which are (batch, heads, rows, columns).

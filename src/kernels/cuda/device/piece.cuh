@@ -74,19 +74,33 @@ __device__ inline bool find_piece(const Call& call, const TileGroup* groups, int
   }
   piece.queries = piece.geometry.span(piece.segment, piece.offset, piece.sequence.queries,
                                       piece.sequence.query_row);
-  piece.keys = piece.geometry.span(piece.segment, piece.offset, piece.sequence.keys,
-                                   piece.sequence.key_row);
+  piece.keys =
+      piece.geometry.span(piece.segment, piece.offset, piece.sequence.keys, piece.sequence.key_row);
   return true;
 }
 
-/// Draws of one (sequence, head, branch).
-__device__ inline Dropout dropout_of(const Call& call, const Piece& piece, int head) {
+/// Factors of one (sequence, head, branch) by rows of the class: 1 / (1 - p) or 0.
+struct RowDropout {
+  Dropout dropout;
+  std::int64_t first;  // position of row 0
+  std::int64_t step;
+
+  __device__ float operator()(std::int64_t query, std::int64_t key) const {
+    return static_cast<float>(dropout(first + query * step, first + key * step));
+  }
+};
+
+__device__ inline RowDropout dropout_of(const Call& call, const Piece& piece, int head) {
   const std::int64_t* const state = call.masks.dropout_state;
-  return {call.dropout_p, static_cast<std::uint64_t>(state[0]),
-          static_cast<std::uint64_t>(state[1]),
-          dropout_stream(piece.sequence_index, call.head_offset + head, call.all_heads,
-                         static_cast<std::size_t>(piece.branch),
-                         static_cast<std::size_t>(call.num_branches))};
+  const auto word = [state](int i) {
+    return state == nullptr ? std::uint64_t{0} : static_cast<std::uint64_t>(state[i]);
+  };
+  return {{call.dropout_p, word(0), word(1),
+           dropout_stream(piece.sequence_index, call.head_offset + head, call.all_heads,
+                          static_cast<std::size_t>(piece.branch),
+                          static_cast<std::size_t>(call.num_branches))},
+          piece.position(0),
+          piece.geometry.dilation};
 }
 
 }  // namespace dilated::gpu

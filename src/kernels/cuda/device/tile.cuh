@@ -52,29 +52,38 @@ __device__ inline void wait_for_copies() {
 
 /// Rows [first, first + kRows) of a class, zeros for rows from `last` on, rows that do not take
 /// part, and columns from head_dim on. Complete after wait_for_copies and a barrier.
-template <typename Tile, typename TakesPart>
+template <int kThreads, typename Tile, typename TakesPart>
 __device__ void load_tile(Tile& tile, const Rows<const std::byte>& rows, const RowSpan& span,
                           std::int64_t first, std::int64_t last, int head_dim, bool by_16_bytes,
                           const TakesPart& takes_part) {
   using Element = typename Tile::Element;
-  const int threads = static_cast<int>(blockDim.x);
-  const auto present = [&](int i) { return first + i < last && takes_part(span.row(first + i)); };
+  const auto count = static_cast<int>(min(last - first, std::int64_t{Tile::kRows}));
+  const std::int64_t at = span.row(first);  // row i of the tile is row at + i step of the tensor
+  const std::byte* const from = rows.row(at);
+  const std::int64_t step = span.step * rows.stride;
+  const auto present = [&](int i) { return i < count && takes_part(at + i * span.step); };
   if (by_16_bytes && rows.dtype == kDTypeOf<Element>) {
     constexpr int kPieces = Tile::kColumns / Tile::kPerPiece;
-    for (int i = static_cast<int>(threadIdx.x); i < Tile::kRows * kPieces; i += threads) {
-      const int row = i / kPieces;
-      const int column = i % kPieces * Tile::kPerPiece;
+    static_assert(kThreads % kPieces == 0);
+    constexpr int kRowsAtOnce = kThreads / kPieces;
+    const int column = static_cast<int>(threadIdx.x) % kPieces * Tile::kPerPiece;
+    const int begin = static_cast<int>(threadIdx.x) / kPieces;
+#pragma unroll
+    for (int i = 0; i < Tile::kRows; i += kRowsAtOnce) {
+      const int row = i + begin;
+      if (Tile::kRows % kRowsAtOnce != 0 && row >= Tile::kRows) {
+        break;
+      }
       const bool copies = column < head_dim && present(row);
-      const std::byte* const from =
-          copies ? rows.row(span.row(first + row)) + column * sizeof(Element) : rows.data;
-      copy_16_bytes(tile.row(row) + column, from, copies);
+      copy_16_bytes(tile.row(row) + column,
+                    copies ? from + row * step + column * sizeof(Element) : rows.data, copies);
     }
   } else {
-    for (int i = static_cast<int>(threadIdx.x); i < Tile::kRows * Tile::kColumns; i += threads) {
+    for (int i = static_cast<int>(threadIdx.x); i < Tile::kRows * Tile::kColumns; i += kThreads) {
       const int row = i / Tile::kColumns;
       const int column = i % Tile::kColumns;
       const float value = column < head_dim && present(row)
-                              ? load_element(rows.row(span.row(first + row)), rows.dtype, column)
+                              ? load_element(from + row * step, rows.dtype, column)
                               : 0.0f;
       tile.row(row)[column] = element_of<Element>(value);
     }
@@ -300,6 +309,39 @@ __device__ inline void for_each_entry(float (&sums)[kCount][4], const Body& body
       body(sums[j][e], e / 2, 8 * j + pair + e % 2);
     }
   }
+}
+
+/// The same for rare bodies that would take registers from the rest: entries pass through local
+/// memory in a loop that is not unrolled.
+template <int kCount, typename Body>
+__device__ inline void for_each_entry_apart(float (&sums)[kCount][4], const Body& body) {
+  float copy[kCount * 4];
+  const int pair = 2 * (static_cast<int>(threadIdx.x) % 4);
+#pragma unroll
+  for (int j = 0; j < kCount * 4; ++j) {
+    copy[j] = sums[j / 4][j % 4];
+  }
+#pragma unroll 1
+  for (int j = 0; j < kCount * 4; ++j) {
+    body(copy[j], j % 4 / 2, j / 4 * 8 + pair + j % 2);
+  }
+#pragma unroll
+  for (int j = 0; j < kCount * 4; ++j) {
+    sums[j / 4][j % 4] = copy[j];
+  }
+}
+
+/// a - b, as far as rows of one tile can tell.
+__device__ inline int distance(std::int64_t a, std::int64_t b) {
+  constexpr std::int64_t kFar = 1 << 20;
+  return static_cast<int>(max(-kFar, min(a - b, kFar)));
+}
+
+/// 2^x; below the smallest normal number 0.
+__device__ inline float power_of_2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 __device__ inline float quad_max(float x) {
