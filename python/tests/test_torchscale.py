@@ -433,3 +433,19 @@ def test_several_ranks_are_not_taken_for_one(tmp_path: Any) -> None:
             "compat.torchscale: args.seq_parallel: expected False with several ranks, got True "
             "with 2 (one sequence over several ranks is not implemented yet)",
         ]
+
+
+def test_a_call_that_fails_leaves_the_cache_as_it_was() -> None:
+    """The next call works, and gives what it would have given."""
+    module = torchscale.convert(upstream())
+    x = rows(2, 9)
+    want, _ = module(x, x, x, is_causal=True)
+    state: dict[str, Tensor] = {}
+    outs = []
+    for part in (x[:, :6], x[:, 6:]):
+        before = dict(state)
+        with pytest.raises(dilated.InvalidProblem, match="key_padding_mask: expected shape"):
+            module(part, part, part, state, torch.zeros(2, 1, dtype=torch.bool), is_causal=True)
+        assert state == before
+        outs.append(module(part, part, part, state, is_causal=True)[0])
+    torch.testing.assert_close(torch.cat(outs, 1), want, rtol=1e-10, atol=1e-10)

@@ -220,8 +220,9 @@ class DilatedAttention(nn.Module):
                     name, f"shape {tuple(query.shape)}", f"shape {tuple(given.shape)}", hint, _OP
                 )
         q, k, v = self._project(query, key, value)
+        cache: dict[str, Tensor] = {}
         if incremental_state is not None:
-            k, v = _append(incremental_state, k, v)
+            k, v, cache = _append(incremental_state, k, v)
         if attn_mask is not None:
             require_causal_mask(attn_mask, k.shape[1])
             is_causal = True
@@ -231,7 +232,10 @@ class DilatedAttention(nn.Module):
         out = self._attend(q, k, v, key_padding_mask, bool(is_causal)).flatten(-2)
         if self.inner_attn_ln is not None:
             out = self.inner_attn_ln(out)
-        return self.out_proj(out), None
+        out = self.out_proj(out)
+        if incremental_state is not None:  # not before the call has succeeded: it may be repeated
+            incremental_state.update(cache)
+        return out, None
 
     def _refuse_ranks(self) -> None:
         if not _argument(self.args, "seq_parallel"):
@@ -289,17 +293,17 @@ class DilatedAttention(nn.Module):
             for w, r in zip(self.segments, self.dilations)
             if r > 0 and w % r and seqlen > w
         ]
-        if not shifted or self.row_shift is None:
-            if shifted:
-                hint = (
-                    "upstream shifts the rows of later segments there: "
-                    "convert(model, row_shift=True) computes that, for weights trained so; "
-                    "row_shift=False computes every row in its place"
-                )
-                expected = "ratios that divide their segments in sequences longer than these"
-                got = f"{', '.join(shifted)} at {seqlen} positions"
-                refuse("args.dilated_ratio", expected, got, hint, _OP)
+        if not shifted:
             return {"preset": "torchscale"}
+        if self.row_shift is None:
+            hint = (
+                "upstream shifts the rows of later segments there: "
+                "convert(model, row_shift=True) computes that, for weights trained so; "
+                "row_shift=False computes every row in its place"
+            )
+            expected = "ratios that divide their segments in sequences longer than these"
+            got = f"{', '.join(shifted)} at {seqlen} positions"
+            refuse("args.dilated_ratio", expected, got, hint, _OP)
         if self.row_shift:
             return {"preset": "torchscale", "row_shift": True}
         return {"offsets": "torchscale", "tail": "phantom", "lse_grad": False}
@@ -314,9 +318,11 @@ class DilatedAttention(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in given.items())
 
 
-def _append(state: dict[str, Tensor], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """(batch, positions, heads, head_dim) of all keys and values so far; the state gets them."""
-    found = []
+def _append(
+    state: dict[str, Tensor], key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(batch, positions, heads, head_dim) of all keys and values so far, and the state to come."""
+    cache = {}
     for name, new in (("prev_key", key), ("prev_value", value)):
         rows = new.transpose(1, 2)
         if name in state:
@@ -327,9 +333,8 @@ def _append(state: dict[str, Tensor], key: Tensor, value: Tensor) -> tuple[Tenso
                 argument, got = f"incremental_state[{name!r}]", f"shape {tuple(cached.shape)}"
                 raise InvalidProblem(message(argument, expected, got, op=_OP))
             rows = torch.cat([cached, rows], dim=2)
-        state[name] = rows
-        found.append(rows.transpose(1, 2))
-    return found[0], found[1]
+        cache[name] = rows
+    return cache["prev_key"].transpose(1, 2), cache["prev_value"].transpose(1, 2), cache
 
 
 def _sequences(padding: Tensor | None, shape: Sequence[int]) -> dict[str, Tensor]:
