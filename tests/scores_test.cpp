@@ -70,7 +70,7 @@ std::string violation(const Problem& problem, Inputs inputs, const Shape& shape)
   return rule_violation(problem, inputs, run(problem, inputs, {.backend = "cpu"}), kDraws,
                         [&](int draw) {
                           if (draw % 2 == 0) {
-                            return turned(inputs, draw / 2);
+                            return reordered(inputs, draw);
                           }
                           Inputs other = other_inputs(problem, inputs, draw);
                           shape(other);

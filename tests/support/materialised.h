@@ -15,11 +15,12 @@ namespace dilated::testing {
 Results materialised(const Problem& problem, const Inputs& inputs, DType dtype);
 
 /// Empty if `got` keeps the tolerance rule: error against the reference at most twice that of the
-/// plain implementation in the problem's dtype plus 1e-5, for each result; lse absolute 1e-3 (or
-/// sixteen units in its last place). With `draws` > 1 the error of the plain implementation is the
-/// largest over that many inputs of the same problem: in a problem of a few rows, one input may be
-/// exact by luck (a gradient that is 0, an output that happens to be representable). `redraw` gives
-/// the other inputs, by default `other_inputs`.
+/// plain implementation in the problem's dtype plus 1e-5, for each result; lse absolute 1e-3,
+/// sixteen units in its last place, or twice the plain implementation's in float32. With `draws` >
+/// 1 the error of the plain implementation is the largest over that many inputs of the same
+/// problem: in a problem of a few rows, one input may be exact by luck (a gradient that is 0, an
+/// output that happens to be representable). `redraw` gives the other inputs, by default
+/// `other_inputs`.
 using Redraw = std::function<Inputs(int draw)>;
 std::string rule_violation(const Problem& problem, const Inputs& inputs, const Results& got,
                            int draws = 1, const Redraw& redraw = {});
@@ -27,7 +28,7 @@ std::string rule_violation(const Problem& problem, const Inputs& inputs, const R
 /// Other values in the same shapes, with the same masks and lengths.
 Inputs other_inputs(const Problem& problem, const Inputs& inputs, int draw);
 
-/// The same inputs with their channels turned by `shift` places: the same sums, rounded otherwise.
-Inputs turned(const Inputs& inputs, std::int64_t shift);
+/// The same inputs with their channels in another order: the same sums, rounded otherwise.
+Inputs reordered(const Inputs& inputs, int draw);
 
 }  // namespace dilated::testing
