@@ -41,6 +41,11 @@ class _Layer(nn.Module):
         self.gamma_init = gamma_init
         self.dropout = nn.Dropout(dropout)
 
+    def reset_parameters(self) -> None:
+        """MAGNETO: Xavier-normal with gain gamma_init. The attentions did their own."""
+        initialise(self.linear1, self.gamma_init)
+        initialise(self.linear2, self.gamma_init)
+
     def _feed_forward(self, x: Tensor, outer: nn.LayerNorm, inner: nn.LayerNorm) -> Tensor:
         x = self.dropout(self.activation(self.linear1(outer(x))))
         return cast(Tensor, self.dropout(self.linear2(inner(x))))
@@ -108,11 +113,6 @@ class DilatedTransformerEncoderLayer(_Layer):
         self.norm3 = nn.LayerNorm(dim_feedforward, layer_norm_eps, **place)
         self.linear2 = nn.Linear(dim_feedforward, d_model, **place)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """MAGNETO: Xavier-normal with gain gamma_init. The attention did its own."""
-        initialise(self.linear1, self.gamma_init)
-        initialise(self.linear2, self.gamma_init)
 
     def forward(
         self,
@@ -206,11 +206,6 @@ class DilatedTransformerDecoderLayer(_Layer):
         self.norm4 = nn.LayerNorm(dim_feedforward, layer_norm_eps, **place)
         self.linear2 = nn.Linear(dim_feedforward, d_model, **place)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """MAGNETO: Xavier-normal with gain gamma_init. The attentions did their own."""
-        initialise(self.linear1, self.gamma_init)
-        initialise(self.linear2, self.gamma_init)
 
     def forward(
         self,

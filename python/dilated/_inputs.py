@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from ._options import Lengths
 
 
-def _require_tensor(argument: str, value: Any) -> None:
+def require_tensor(argument: str, value: Any) -> None:
+    """Raise InvalidProblem unless it is one."""
     if not isinstance(value, Tensor):
         raise InvalidProblem(message(argument, "a tensor", type(value).__name__))
 
@@ -25,7 +26,7 @@ def require_tensors(query: Any, key: Any, value: Any) -> None:
     if isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor):
         return
     for name, given in (("query", query), ("key", key), ("value", value)):
-        _require_tensor(name, given)
+        require_tensor(name, given)
 
 
 def require_parameter_dtype(
@@ -102,7 +103,7 @@ def optional_tensors(
         zero = torch.zeros((), dtype=torch.float64, device="cpu")
         scale_tensor, options = zero + options.scale, options._replace(scale=None)
     if key_mask is not None:
-        _require_tensor("key_mask", key_mask)
+        require_tensor("key_mask", key_mask)
     device = query.device
     optional = _ops.OptionalTensors(
         key_mask,

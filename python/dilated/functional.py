@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias, overload
 
+import torch
 from torch import Tensor
 
 from . import _fake, _gradients, _ops, _transforms, parity  # noqa: F401 - registers operators
@@ -16,8 +18,29 @@ if TYPE_CHECKING:
 
     from ._options import AttentionOptions, Integers, Lengths
 
-# Who is told of every call's query, key, value and options: `attention_received`.
-observers: list[Callable[[Tensor, Tensor, Tensor, dict[str, Any]], None]] = []
+Observer: TypeAlias = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], None]
+# Who is told of query, key, value and options of a thread's calls: `attention_received`.
+observers: list[tuple[int, Observer]] = []
+
+
+def is_observed() -> bool:
+    """Whether anyone watches this thread."""
+    if not observers or torch.compiler.is_compiling():
+        return False
+    return threading.get_ident() in {thread for thread, _ in observers}
+
+
+def _tell_observers(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> None:
+    """Tell each one of this thread once: layers that contain each other may both be watched."""
+    here = threading.get_ident()
+    entries = [entry for entry in observers if entry[0] == here]
+    for entry in entries:  # calls of their own are not observed
+        observers.remove(entry)
+    try:
+        for observe in dict.fromkeys(observe for _, observe in entries):
+            observe(query, key, value, options)
+    finally:
+        observers.extend(entries)
 
 
 @overload
@@ -149,10 +172,10 @@ def dilated_attention(
         torch.Size([2, 100, 8, 16])
     """
     require_tensors(query, key, value)
-    if observers:
+    if observers and not torch.compiler.is_compiling():
         sequences = {"key_mask": key_mask, "seqused": seqused, "cu_seqlens": cu_seqlens}
         lists = {"segments": segments, "dilations": dilations, "row_shift": row_shift}
-        observers[-1](query, key, value, {**lists, **sequences, **options})
+        _tell_observers(query, key, value, {**lists, **sequences, **options})
     checked = attention_options(segments=segments, dilations=dilations, **options)
     optional, checked = optional_tensors(
         query, checked, key_mask, seqused, cu_seqlens, None, dropout_seed

@@ -9,6 +9,7 @@ of one backward pass is the answer, for every option of the operator.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,9 @@ def attention_received(layer: nn.Module, queries: Integers | None = None) -> Ite
     torchscale's after `dilated.compat.torchscale.convert`. Every call of the operator within it
     adds one tensor to the list. Each is computed from the call's queries and keys by one forward
     and one backward pass, in float32 (float64 for float64), without dropout, and has no gradient.
-    Layers that torch.compile has compiled already are not seen.
+    Other threads' calls are not recorded, nor what activation checkpointing repeats in backward.
+    Nothing is seen of layers that torch.compile compiles:
+    `torch.compiler.set_stance("force_eager")` lets them run without.
 
     Args:
         layer: the module to watch.
@@ -49,8 +52,9 @@ def attention_received(layer: nn.Module, queries: Integers | None = None) -> Ite
 
     Raises:
         InvalidProblem: the layer is no module, or a query is not in every sequence.
-        Unsupported: preset "fkodom", whose output is not a weighted mean of values; another
-            request of the operator.
+        Unsupported: preset "fkodom", whose output is not a weighted mean of values; windows, as
+            with a cache of keys; a layer inside a transform of torch.func; another request of the
+            operator.
 
     Example:
         >>> import torch, dilated
@@ -72,20 +76,55 @@ def attention_received(layer: nn.Module, queries: Integers | None = None) -> Ite
     def observe(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> None:
         received.append(_received(query, key, value, options, positions))
 
+    def start(*_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if torch._C._current_graph_task_id() == -1:  # else backward recomputes the layer
+            observers.append((threading.get_ident(), observe))
+
+    def stop(*_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        entry = threading.get_ident(), observe
+        if entry in observers:
+            observers.remove(entry)
+
     hooks = [
-        layer.register_forward_pre_hook(lambda *_: observers.append(observe)),
-        layer.register_forward_hook(lambda *_: _forget(observe), always_call=True),
+        layer.register_forward_pre_hook(start),
+        layer.register_forward_hook(stop, always_call=True),
     ]
     try:
         yield received
     finally:
         for hook in hooks:
             hook.remove()
+        # Torch calls no hook after what is no Exception, such as KeyboardInterrupt.
+        for entry in [entry for entry in observers if entry[1] is observe]:
+            observers.remove(entry)
 
 
-def _forget(observe: Any) -> None:
-    if observers and observers[-1] is observe:
-        observers.pop()
+@contextmanager
+def _apart_from_the_model(device: torch.device) -> Iterator[None]:
+    """A graph of its own, whatever the model runs in."""
+
+    def same(x: Tensor) -> Tensor:
+        return x
+
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        # Checkpointing counts what a layer saves.
+        torch.autograd.graph.saved_tensors_hooks(same, same),
+    ):
+        yield
+
+
+def _plain(x: Any) -> Any:
+    """A tensor without history that a graph may save."""
+    if not isinstance(x, Tensor):
+        return x
+    return x.clone() if x.is_inference() else x.detach()
 
 
 def _received(
@@ -94,6 +133,9 @@ def _received(
     if options.get("preset") in COLUMN_SUM_PRESETS:
         hint = "it divides outputs by their sums over positions"
         refuse("preset", "one whose output is a weighted sum of values", "'fkodom'", hint, _OP)
+    if torch._C._are_functorch_transforms_active():
+        hint = "watch a call outside of vmap, grad and vjp"
+        refuse("layer", "a call without transforms", "one inside torch.func", hint, _OP)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     layout = options.get("layout", "bshd")
     heads_dim = 1 if layout in ("bhsd", "shd") else 2
@@ -101,28 +143,22 @@ def _received(
     repeats = heads // kv_heads if kv_heads else 0
     channels = value.shape[-1]
     share = _shares(query, options, layout, positions)  # (batch, seqlen), packed (total,)
-    watching, observers[:] = observers[:], []
-    try:
-        with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
-            probe = value.new_zeros(value.shape, dtype=dtype).requires_grad_()
-            out: Tensor = dilated_attention(
-                query.detach().to(dtype),
-                key.detach().to(dtype),
-                probe,
-                **{**options, "dropout_p": 0.0},
-            )
-            # Query heads that share a kv head take a channel each.
-            parts = []
-            for first in range(0, repeats, max(1, channels)):
-                count = min(channels, repeats - first)
-                dout = torch.zeros_like(out)
-                for head in range(heads):
-                    if first <= head % repeats < first + count:
-                        dout.select(heads_dim, head).select(-1, head % repeats - first).copy_(share)
-                [dvalue] = torch.autograd.grad(out, probe, dout, retain_graph=True)
-                parts.append(dvalue[..., :count])
-    finally:
-        observers[:] = watching
+    with _apart_from_the_model(query.device):
+        probe = torch.zeros(value.shape, dtype=dtype, device=value.device, requires_grad=True)
+        call = {name: _plain(option) for name, option in options.items()}
+        out: Tensor = dilated_attention(
+            _plain(query).to(dtype), _plain(key).to(dtype), probe, **{**call, "dropout_p": 0.0}
+        )
+        # Query heads that share a kv head take a channel each.
+        parts = []
+        for first in range(0, repeats, max(1, channels)):
+            count = min(channels, repeats - first)
+            dout = torch.zeros_like(out)
+            for head in range(heads):
+                if first <= head % repeats < first + count:
+                    dout.select(heads_dim, head).select(-1, head % repeats - first).copy_(share)
+            [dvalue] = torch.autograd.grad(out, probe, dout, retain_graph=True)
+            parts.append(dvalue[..., :count])
     if not parts:
         return out.new_zeros(*_by_head(out, layout).shape[:-1])
     # (batch, seqlen, kv_heads, repeats) -> (batch, heads, seqlen)

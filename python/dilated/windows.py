@@ -18,6 +18,7 @@ from ._options import (
     integer,
 )
 from .errors import InvalidProblem, Unsupported, message
+from .functional import is_observed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -105,6 +106,11 @@ def window_attention(
         torch.Size([1, 10, 8, 16])
     """
     require_tensors(query, key, value)
+    if is_observed():
+        hint = "give the layer whole sequences: no cache of keys"
+        text = message("layer", "calls with all queries and keys", "a window", hint,
+                       "attention_received")  # fmt: skip
+        raise Unsupported(text)
     checked = attention_options(segments=segments, dilations=dilations, **options)
     if options.get("preset") in COLUMN_SUM_PRESETS:
         hint = "its column sums run over the whole sequence"

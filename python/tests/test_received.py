@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from test_torchscale import upstream
 from torch import Tensor, nn
 
 import dilated
+from dilated import functional
 from dilated.compat import torchscale
 from dilated.models import LongNet, SlideEncoder, heat_map, heat_map_figure
 
@@ -182,3 +184,91 @@ def test_a_slides_heat_map() -> None:
     ):
         with pytest.raises(dilated.InvalidProblem, match=text):
             heat_map(*call)
+
+
+def watched(layer: nn.Module, x: Tensor) -> list[Tensor]:
+    with dilated.attention_received(layer, [0]) as received:
+        layer(x)
+    return received
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_modes_without_gradients(mode: Any) -> None:
+    layer, x = LongNet(32, 2, 4, **LISTS), torch.randn(2, N, 32)
+    want = watched(layer, x)
+    with mode():
+        torch.testing.assert_close(watched(layer, x.clone()), want, rtol=0, atol=0)
+
+
+def test_activation_checkpointing_keeps_gradients_and_records_once() -> None:
+    plain, x = LongNet(32, 2, 4, **LISTS), torch.randn(2, N, 32)
+    again = LongNet(32, 2, 4, **LISTS, activation_checkpointing=True)
+    again.load_state_dict(plain.state_dict())
+    with (
+        dilated.attention_received(plain, [0]) as want,
+        dilated.attention_received(again, [0]) as received,
+        dilated.attention_received(again.layers[1], [0]) as last,
+    ):
+        plain(x).square().sum().backward()
+        y = again(x)
+        again(x).square().sum().backward()
+    torch.testing.assert_close(received, want + want, rtol=0, atol=0)
+    torch.testing.assert_close(last, [want[1]] * 2, rtol=0, atol=0)
+    for a, b in zip(again.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
+    y.sum().backward()  # after the watch
+
+
+def test_watched_layers_may_contain_each_other() -> None:
+    model, x = LongNet(32, 2, 4, **LISTS), torch.randn(1, N, 32)
+    with (
+        dilated.attention_received(model) as outer,
+        dilated.attention_received(model.layers[0]) as inner,
+        dilated.attention_received(model.layers[0]) as twin,
+    ):
+        model(x)
+    assert len(outer) == 2
+    assert torch.equal(outer[0], inner[0])
+    assert torch.equal(outer[0], twin[0])
+    assert not functional.observers
+
+
+def test_other_threads_are_not_recorded() -> None:
+    other, x = LongNet(32, 1, 4, **LISTS), torch.randn(1, N, 32)
+
+    class Waits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            thread = threading.Thread(target=other, args=(x,))
+            thread.start()
+            thread.join()
+            return x
+
+    assert watched(Waits(), x) == []
+
+
+def test_an_interrupted_watch_ends() -> None:
+    class Interrupted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        watched(Interrupted(), torch.zeros(1))
+    assert not functional.observers
+
+
+def test_what_cannot_be_watched_is_named() -> None:
+    layer, x = LongNet(32, 1, 4, **LISTS), torch.randn(2, N, 32)
+    text = "expected a call without transforms, got one inside torch.func"
+    with (
+        dilated.attention_received(layer),
+        pytest.raises(dilated.Unsupported, match=text),
+    ):
+        torch.vmap(lambda row: layer(row[None]))(x)
+    cached = torchscale.convert(upstream())
+    row = torch.randn(1, 2, 16, dtype=torch.float64)
+    state: dict[str, Tensor] = {}
+    with dilated.attention_received(cached) as received:
+        cached(row, row, row, state)
+        with pytest.raises(dilated.Unsupported, match="all queries and keys, got a window"):
+            cached(row, row, row, state)
+    assert len(received) == 1

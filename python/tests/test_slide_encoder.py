@@ -202,6 +202,19 @@ def test_gradients_of_a_pack_are_those_of_its_slides() -> None:
         torch.testing.assert_close(parameter.grad, expected)
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+def test_whole_pixels_keep_their_tile(default: torch.dtype) -> None:
+    """Integers are divided exactly, whatever torch's default dtype is."""
+    encoder = SlideEncoder(4, 16, 1, 4, slide_ngrids=1000)
+    pixels = torch.tensor([[0, 255], [256 * 777, 256 * 777 - 1], [255_999, 256 * 515]])
+    torch.set_default_dtype(default)
+    try:
+        for given in (pixels, pixels.int(), pixels.float(), pixels.double()):
+            assert torch.equal(encoder._cells(given[None]), pixels[None] // 256)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("pooled", [False, True])
 def test_a_masked_tile_reaches_nothing(pooled: bool) -> None:
     encoder = make_encoder(global_pool=pooled)
@@ -324,6 +337,11 @@ INSIDE = torch.zeros(1, 3, 2, dtype=torch.int64)
          "seqused: expected 1 lengths, each at most its slide's, got [1, 2]"),
         (lambda: make_encoder()(torch.zeros(3, 12), INSIDE[0], cu_seqlens=[0, 2]),
          "cu_seqlens: expected 0, ..., 3, ascending, got [0, 2]"),
+        (lambda: make_encoder()(torch.zeros(1, 3, 12), INSIDE.half()),
+         "coords: expected integers, float32 or float64, got torch.float16 (other floats round "
+         "pixels)"),
+        (lambda: make_encoder()(torch.zeros(1, 3, 12), [[0, 0]] * 3),  # type: ignore[arg-type]
+         "coords: expected a tensor, got list"),
         (lambda: make_encoder()(torch.zeros(1, 3, 12).double(), INSIDE),
          "x: expected torch.float32, as the parameters, got torch.float64"),
     ],

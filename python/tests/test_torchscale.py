@@ -19,6 +19,8 @@ from torchscale_restated import arguments
 import dilated
 from dilated.compat import torchscale
 
+RESTATED = torchscale_restated.DilatedAttention
+
 
 def upstream(subln: bool = True, heads: int = 4, **changes: Any) -> nn.Module:
     """A restated upstream module with every parameter away from its start."""
@@ -258,25 +260,57 @@ def test_compiles_in_one_graph() -> None:
 
 
 def test_install_replaces_the_class_wherever_it_was_imported() -> None:
-    component, model = ModuleType("scaled.component"), ModuleType("scaled.model")
+    """GigaPath's model module lies in another package than the class that it imports."""
+    component, model = ModuleType("scaled.component"), ModuleType("slides.model")
     component.DilatedAttention = torchscale_restated.DilatedAttention  # type: ignore[attr-defined]
     model.DilatedAttention = component.DilatedAttention  # type: ignore[attr-defined]
     modules = {"scaled": ModuleType("scaled"), component.__name__: component, model.__name__: model}
+    pickled = pickle.dumps(upstream())
     sys.modules.update(modules)
     try:
-        places = ["scaled.component.DilatedAttention", "scaled.model.DilatedAttention"]
-        assert torchscale.install("scaled") == places
-        assert torchscale.install(modules["scaled"]) == places
+        for package in ("scaled", modules["scaled"]):
+            places = torchscale.install(package)
+            assert {"scaled.component.DilatedAttention", "slides.model.DilatedAttention"} <= set(
+                places
+            )
         assert model.DilatedAttention is torchscale.DilatedAttention
+        # The restatement itself is among what imported the class.
+        assert torchscale_restated.DilatedAttention is torchscale.DilatedAttention
+        x = rows(1, 9)
+        want = torchscale.convert(upstream())(x, x, x)[0]
+        torch.testing.assert_close(pickle.loads(pickled)(x, x, x)[0], want)
     finally:
+        torchscale_restated.DilatedAttention = RESTATED  # type: ignore[misc]
         for name in modules:
             del sys.modules[name]
-    with pytest.raises(dilated.InvalidProblem) as caught:
-        torchscale.install("scaled")
-    assert str(caught.value) == (
-        "compat.torchscale.install: package: expected a package whose imported modules have a "
-        "class DilatedAttention, got 'scaled' (import the modules that build the model first)"
-    )
+
+
+def test_install_takes_no_other_class_of_that_name() -> None:
+    for package in ("scaled", "dilated"):
+        with pytest.raises(dilated.InvalidProblem) as caught:
+            torchscale.install(package)
+        assert str(caught.value) == (
+            "compat.torchscale.install: package: expected a package whose imported modules have "
+            f"torchscale's class DilatedAttention, got '{package}' (import the modules that build "
+            "the model first)"
+        )
+    with pytest.raises(dilated.InvalidProblem, match="package: expected a package or its name, go"):
+        torchscale.install(3)  # type: ignore[arg-type]
+
+
+def test_projections_without_parameters() -> None:
+    """As quantised ones are: what they hold are no parameters."""
+    module = torchscale.convert(upstream()).float()
+    weight, bias = module.q_proj.weight.detach(), module.q_proj.bias.detach()
+    x = torch.randn(1, 9, 16)
+    want, _ = module(x, x, x)
+
+    class Frozen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, weight, bias)
+
+    module.q_proj = Frozen()
+    torch.testing.assert_close(module(x, x, x)[0], want)
 
 
 class Derived(torchscale_restated.DilatedAttention):
@@ -302,6 +336,12 @@ def test_what_cannot_be_converted_is_named() -> None:
     ):
         torchscale.convert(model)
     assert type(model[0]) is torchscale_restated.DilatedAttention  # nothing was changed
+    model[1] = upstream(segment_length=[4, 0])
+    with pytest.raises(dilated.InvalidProblem, match=r"segments\[1\]: expected 1 <= segment"):
+        torchscale.convert(model)
+    assert type(model[0]) is torchscale_restated.DilatedAttention
+    with pytest.raises(dilated.InvalidProblem, match="model: expected a module, got list"):
+        torchscale.convert([model])  # type: ignore[type-var]
     broken = upstream()
     del broken.args.seq_parallel
     with pytest.raises(dilated.InvalidProblem, match=r"args: expected the attributes .*seq_par"):
@@ -318,6 +358,13 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         {"key_padding_mask": torch.zeros(2, 8, dtype=torch.bool)},
         INVALID,
         r"key_padding_mask: expected shape \(2, 9\), got shape \(2, 8\)",
+    ),
+    ({"key": None}, INVALID, "key: expected a tensor, got NoneType"),
+    ({"key_padding_mask": [[True]]}, INVALID, "key_padding_mask: expected a tensor, got list"),
+    (
+        {"incremental_state": {"prev_key": torch.zeros(3, 4, 5, 4)}},
+        INVALID,
+        r"incremental_state\['prev_key'\]: expected shape \(2, 4, positions, 4\), got shape \(3, 4",
     ),
     ({"key_padding_mask": torch.full((2, 9), 0.5)}, UNSUPPORTED, "key_padding_mask: expected 0"),
 ]
@@ -361,6 +408,7 @@ for parallel in (False, True):
         print("ran")
     except Unsupported as error:
         print(error)
+torch.distributed.barrier()  # a rank that ends early breaks the other's connection
 torch.distributed.destroy_process_group()
 """
 
@@ -385,3 +433,19 @@ def test_several_ranks_are_not_taken_for_one(tmp_path: Any) -> None:
             "compat.torchscale: args.seq_parallel: expected False with several ranks, got True "
             "with 2 (one sequence over several ranks is not implemented yet)",
         ]
+
+
+def test_a_call_that_fails_leaves_the_cache_as_it_was() -> None:
+    """The next call works, and gives what it would have given."""
+    module = torchscale.convert(upstream())
+    x = rows(2, 9)
+    want, _ = module(x, x, x, is_causal=True)
+    state: dict[str, Tensor] = {}
+    outs = []
+    for part in (x[:, :6], x[:, 6:]):
+        before = dict(state)
+        with pytest.raises(dilated.InvalidProblem, match="key_padding_mask: expected shape"):
+            module(part, part, part, state, torch.zeros(2, 1, dtype=torch.bool), is_causal=True)
+        assert state == before
+        outs.append(module(part, part, part, state, is_causal=True)[0])
+    torch.testing.assert_close(torch.cat(outs, 1), want, rtol=1e-10, atol=1e-10)

@@ -12,7 +12,7 @@ Source: https://github.com/microsoft/torchscale, torchscale/component/dilated_at
 from __future__ import annotations
 
 import ast
-import copy
+import inspect
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -21,12 +21,13 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from dilated._inputs import require_parameter_dtype
-from dilated._options import flag, integers
+from dilated import _ops
+from dilated._inputs import require_parameter_dtype, require_tensor, require_tensors
+from dilated._options import attention_options, flag, integers
 from dilated._torch_masks import key_mask_of, refuse, require_causal_mask
+from dilated.compat.torchscale_parts import Multiway, Xpos
 from dilated.errors import InvalidProblem, Unsupported, message
 from dilated.functional import dilated_attention
-from dilated.models.xpos import apply_xpos, xpos_tables
 from dilated.windows import window_attention
 
 _OP = "compat.torchscale"
@@ -68,48 +69,9 @@ def _list(args: Any, name: str) -> list[int]:
 def _branches(args: Any) -> tuple[list[int], list[int]]:
     """Segments and dilations; what is left over of the longer list has no partner and is unused."""
     pairs = list(zip(_list(args, "segment_length"), _list(args, "dilated_ratio")))
-    return [w for w, _ in pairs], [r for _, r in pairs]
-
-
-class _Multiway(nn.Module):
-    """Two copies of a module: A for what stands before split_position in dim 1, B for the rest."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.A = module
-        self.B = copy.deepcopy(module)
-        cast(nn.Linear, self.B).reset_parameters()
-        self.split_position = -1
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.split_position in (-1, 0):
-            return cast(Tensor, (self.A if self.split_position else self.B)(x))
-        first, second = x.tensor_split([self.split_position], dim=1)
-        return torch.cat([self.A(first), self.B(second)], dim=1)
-
-
-class _Xpos(nn.Module):
-    """xPos with upstream's buffer, so that its state dicts load; (rows, seqlen, head_dim)."""
-
-    scale: Tensor
-
-    def __init__(self, head_dim: int, scale_base: int) -> None:
-        super().__init__()
-        self.head_dim, self.scale_base = head_dim, scale_base
-        pairs = torch.arange(0, head_dim, 2)
-        self.register_buffer("scale", (pairs + 0.4 * head_dim) / (1.4 * head_dim))
-
-    def forward(self, x: Tensor, offset: int = 0, downscale: bool = False) -> Tensor:
-        length = x.shape[1] + offset
-        tables = xpos_tables(
-            length,
-            self.head_dim,
-            position=torch.arange(offset, length, device=x.device),
-            scale_base=self.scale_base,
-            dtype=x.dtype,
-        )
-        table = tables.key if downscale else tables.query
-        return apply_xpos(x.unsqueeze(2), table).squeeze(2)
+    segments, dilations = [w for w, _ in pairs], [r for _, r in pairs]
+    _ops.ask(_ops.ops.check_options, *attention_options(segments=segments, dilations=dilations))
+    return segments, dilations
 
 
 class DilatedAttention(nn.Module):
@@ -176,7 +138,7 @@ class DilatedAttention(nn.Module):
         self.dropout = dropout
         self.self_attention = self_attention
         self.encoder_decoder_attention = encoder_decoder_attention
-        wrap = _Multiway if args.multiway else lambda module: module
+        wrap = Multiway if args.multiway else lambda module: module
         # In upstream's order: the same seed draws the same weights.
         self.k_proj = wrap(nn.Linear(embed_dim, embed_dim))
         self.v_proj = wrap(nn.Linear(embed_dim, embed_dim))
@@ -186,13 +148,19 @@ class DilatedAttention(nn.Module):
         norm = wrap(nn.LayerNorm(embed_dim, eps=args.layernorm_eps)) if has_norm else None
         self.inner_attn_ln = norm
         has_xpos = args.xpos_rel_pos and self_attention
-        self.xpos = _Xpos(self.head_dim, args.xpos_scale_base) if has_xpos else None
+        self.xpos = Xpos(self.head_dim, args.xpos_scale_base) if has_xpos else None
         self._read_options(None, False)
 
     def _read_options(self, row_shift: bool | None, dropout_in_eval: bool) -> None:
         self.segments, self.dilations = _branches(self.args)
         self.row_shift = None if row_shift is None else flag("row_shift", row_shift)
         self.dropout_in_eval = flag("dropout_in_eval", dropout_in_eval)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also takes what upstream's class pickled, before `install` put this one in its place."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "segments" not in state:
+            self._read_options(None, False)
 
     def reset_parameters(self) -> None:
         """Upstream's start: Xavier-uniform weights, those of q, k and v scaled by 1 / sqrt(2)."""
@@ -223,7 +191,7 @@ class DilatedAttention(nn.Module):
                 head_dim), to which this call's are added; {} begins. The queries are then the last
                 rows of the longer sequence: outputs are those of a call with all rows.
             key_padding_mask: bool (batch, keys), True = the key is ignored. Padding at the end
-                shortens the sequence: it gives the bits it has alone, and 0 for the padding.
+                shortens the sequence: it gives what it has alone, and 0 for the padding.
             attn_mask: None, or the causal mask, as upstream's decoder hands it on.
             rel_pos: must be None.
             is_first_step: has no effect: what the cache holds says it.
@@ -241,6 +209,7 @@ class DilatedAttention(nn.Module):
         if rel_pos is not None:
             refuse("rel_pos", "None", "a tensor", "use xPos: args.xpos_rel_pos", op=_OP)
         self._refuse_ranks()
+        require_tensors(query, key, value)
         if query.dim() != 3 or query.shape[2] != self.embed_dim:
             expected = f"(batch, seqlen, {self.embed_dim})"
             raise InvalidProblem(message("query", expected, f"shape {tuple(query.shape)}", op=_OP))
@@ -251,8 +220,9 @@ class DilatedAttention(nn.Module):
                     name, f"shape {tuple(query.shape)}", f"shape {tuple(given.shape)}", hint, _OP
                 )
         q, k, v = self._project(query, key, value)
+        cache: dict[str, Tensor] = {}
         if incremental_state is not None:
-            k, v = _append(incremental_state, k, v)
+            k, v, cache = _append(incremental_state, k, v)
         if attn_mask is not None:
             require_causal_mask(attn_mask, k.shape[1])
             is_causal = True
@@ -262,7 +232,10 @@ class DilatedAttention(nn.Module):
         out = self._attend(q, k, v, key_padding_mask, bool(is_causal)).flatten(-2)
         if self.inner_attn_ln is not None:
             out = self.inner_attn_ln(out)
-        return self.out_proj(out), None
+        out = self.out_proj(out)
+        if incremental_state is not None:  # not before the call has succeeded: it may be repeated
+            incremental_state.update(cache)
+        return out, None
 
     def _refuse_ranks(self) -> None:
         if not _argument(self.args, "seq_parallel"):
@@ -279,7 +252,9 @@ class DilatedAttention(nn.Module):
         for name, projection, x in zip(
             ("query", "key", "value"), (self.q_proj, self.k_proj, self.v_proj), inputs, strict=True
         ):
-            require_parameter_dtype(name, x, next(projection.parameters()), _OP)
+            weight = next(projection.parameters(), None)  # quantised ones have none
+            if weight is not None:
+                require_parameter_dtype(name, x, weight, _OP)
             outs.append(projection(x).unflatten(-1, (self.num_heads, self.head_dim)))
         return outs
 
@@ -318,17 +293,17 @@ class DilatedAttention(nn.Module):
             for w, r in zip(self.segments, self.dilations)
             if r > 0 and w % r and seqlen > w
         ]
-        if not shifted or self.row_shift is None:
-            if shifted:
-                hint = (
-                    "upstream shifts the rows of later segments there: "
-                    "convert(model, row_shift=True) computes that, for weights trained so; "
-                    "row_shift=False computes every row in its place"
-                )
-                expected = "ratios that divide their segments in sequences longer than these"
-                got = f"{', '.join(shifted)} at {seqlen} positions"
-                refuse("args.dilated_ratio", expected, got, hint, _OP)
+        if not shifted:
             return {"preset": "torchscale"}
+        if self.row_shift is None:
+            hint = (
+                "upstream shifts the rows of later segments there: "
+                "convert(model, row_shift=True) computes that, for weights trained so; "
+                "row_shift=False computes every row in its place"
+            )
+            expected = "ratios that divide their segments in sequences longer than these"
+            got = f"{', '.join(shifted)} at {seqlen} positions"
+            refuse("args.dilated_ratio", expected, got, hint, _OP)
         if self.row_shift:
             return {"preset": "torchscale", "row_shift": True}
         return {"offsets": "torchscale", "tail": "phantom", "lse_grad": False}
@@ -343,22 +318,30 @@ class DilatedAttention(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in given.items())
 
 
-def _append(state: dict[str, Tensor], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """(batch, positions, heads, head_dim) of all keys and values so far; the state gets them."""
-    found = []
+def _append(
+    state: dict[str, Tensor], key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(batch, positions, heads, head_dim) of all keys and values so far, and the state to come."""
+    cache = {}
     for name, new in (("prev_key", key), ("prev_value", value)):
         rows = new.transpose(1, 2)
         if name in state:
-            rows = torch.cat([state[name], rows], dim=2)
-        state[name] = rows
-        found.append(rows.transpose(1, 2))
-    return found[0], found[1]
+            cached = state[name]
+            if cached.shape[:2] != rows.shape[:2] or cached.shape[3:] != rows.shape[3:]:
+                batch, heads, _, head_dim = rows.shape
+                expected = f"shape ({batch}, {heads}, positions, {head_dim})"
+                argument, got = f"incremental_state[{name!r}]", f"shape {tuple(cached.shape)}"
+                raise InvalidProblem(message(argument, expected, got, op=_OP))
+            rows = torch.cat([cached, rows], dim=2)
+        cache[name] = rows
+    return cache["prev_key"].transpose(1, 2), cache["prev_value"].transpose(1, 2), cache
 
 
 def _sequences(padding: Tensor | None, shape: Sequence[int]) -> dict[str, Tensor]:
     """Lengths, for padding at the end, and a mask, for padding elsewhere."""
     if padding is None:
         return {}
+    require_tensor("key_padding_mask", padding)
     if tuple(padding.shape) != tuple(shape):
         got = f"shape {tuple(padding.shape)}"
         raise InvalidProblem(message("key_padding_mask", f"shape {tuple(shape)}", got, op=_OP))
@@ -424,6 +407,9 @@ def convert(
           (out_proj): Linear(in_features=32, out_features=32, bias=True)
         )
     """
+    if not isinstance(model, nn.Module):
+        got = type(model).__name__
+        raise InvalidProblem(message("model", "a module", got, op=f"{_OP}.convert"))
     found = [
         (name, module) for name, module in model.named_modules() if _looks_like_upstream(module)
     ]
@@ -457,6 +443,17 @@ def _check_convertible(name: str, module: nn.Module) -> None:
     _branches(args)
 
 
+# What upstream's constructor takes, by which its class is told from others of that name.
+_CONSTRUCTOR = list(inspect.signature(DilatedAttention).parameters)
+
+
+def _is_upstream_class(value: object) -> bool:
+    # Its real type: some modules hold proxies whose __class__ warns.
+    if not issubclass(type(value), type) or cast(type, value).__name__ != "DilatedAttention":
+        return False
+    return list(inspect.signature(cast(type, value)).parameters) == _CONSTRUCTOR
+
+
 def install(package: str | ModuleType = "torchscale") -> list[str]:
     """Let models that are built from now on have :class:`DilatedAttention` in place of upstream's.
 
@@ -465,28 +462,36 @@ def install(package: str | ModuleType = "torchscale") -> list[str]:
             as "gigapath.torchscale". Its modules that use the class must have been imported.
 
     Returns:
-        What now names this class: "module.attribute", sorted.
+        What now names this class: "module.attribute", sorted: all attributes of the package that
+        named upstream's, and "DilatedAttention" of other modules that imported it.
 
     Raises:
-        InvalidProblem: no imported module of the package has a class DilatedAttention.
+        InvalidProblem: no imported module of the package has upstream's class.
 
     Example:
         >>> from dilated.compat import torchscale
         >>> import torchscale.model.LongNet        # doctest: +SKIP
         >>> torchscale.install()                   # doctest: +SKIP
     """
+    if not isinstance(package, str | ModuleType):
+        got = type(package).__name__
+        raise InvalidProblem(message("package", "a package or its name", got, op=f"{_OP}.install"))
     prefix = package if isinstance(package, str) else package.__name__
     places = [
         (name, attribute, value)
         for name, module in list(sys.modules.items())
-        if isinstance(module, ModuleType) and (name == prefix or name.startswith(prefix + "."))
+        if isinstance(module, ModuleType) and module is not sys.modules[__name__]
         for attribute, value in list(vars(module).items())
-        if isinstance(value, type) and value.__name__ == "DilatedAttention"
+        if _is_upstream_class(value)
     ]
-    if not places:
-        expected = "a package whose imported modules have a class DilatedAttention"
+    within = [place for place in places if f"{place[0]}.".startswith(f"{prefix}.")]
+    if not within:
+        expected = "a package whose imported modules have torchscale's class DilatedAttention"
         hint = "import the modules that build the model first"
         raise InvalidProblem(message("package", expected, repr(prefix), hint, op=f"{_OP}.install"))
-    for name, attribute, _ in places:
+    replaced = {value for _, _, value in within}
+    others = [p for p in places if p[1] == "DilatedAttention" and p[2] in replaced]
+    named = {(name, attribute) for name, attribute, _ in within + others}
+    for name, attribute in named:
         setattr(sys.modules[name], attribute, DilatedAttention)
-    return sorted(f"{name}.{attribute}" for name, attribute, _ in places)
+    return sorted(f"{name}.{attribute}" for name, attribute in named)

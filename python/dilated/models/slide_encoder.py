@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from dilated._options import Lengths
 
 _OP = "SlideEncoder"
+_COORDS = (
+    torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.int64,
+    torch.float32, torch.float64,
+)  # fmt: skip
 
 
 def slide_segments(max_wsi_size: int = 262144, tile_size: int = 256) -> list[int]:
@@ -239,12 +243,13 @@ class SlideEncoder(nn.Module):
                     message("state_dict", name, f"names {given}", hint, op=f"{_OP}.from_state_dict")
                 )
         projection, widening = (state_dict[name] for name in needed)
-        numbers = {int(n.split(".")[2]) for n in state_dict if n.startswith("encoder.layers.")}
+        layers = [n.split(".")[2] for n in state_dict if n.startswith("encoder.layers.")]
+        depth = 1 + max(int(number) for number in layers if number.isdigit())
         with torch.device("meta"):
             model = cls(
                 in_chans=projection.shape[1],
                 embed_dim=projection.shape[0],
-                depth=max(numbers) + 1,
+                depth=depth,
                 ffn_dim=widening.shape[0],
                 **options,
             )
@@ -268,8 +273,8 @@ class SlideEncoder(nn.Module):
 
         Args:
             x: features (slides, tiles, in_chans), packed (total, in_chans).
-            coords: pixels (slides, tiles, 2), packed (total, 2): integers or floats, from 0, below
-                slide_ngrids * tile_size.
+            coords: pixels (slides, tiles, 2), packed (total, 2): integers, float32 or float64, from
+                0, below slide_ngrids * tile_size.
             all_layer_embed: also embed what enters the first layer and what leaves each one.
             key_mask: bool (slides, tiles), packed (total,): False leaves a tile out, whatever it
                 holds, but not its place: segments follow the padded slide. For slides of unequal
@@ -304,6 +309,11 @@ class SlideEncoder(nn.Module):
         return [torch.cat(layer) for layer in zip(*found, strict=True)]
 
     def _check(self, x: Tensor, coords: Tensor, key_mask: Tensor | None, packed: bool) -> None:
+        given = {"x": x, "coords": coords, "key_mask": key_mask}
+        for name, tensor in given.items():
+            if not isinstance(tensor, Tensor) and (tensor is not None or name != "key_mask"):
+                got = type(tensor).__name__
+                raise InvalidProblem(message(name, "a tensor", got, op=_OP))
         form = "(total, {}) with cu_seqlens" if packed else "(slides, tiles, {})"
         if x.dim() != (2 if packed else 3) or x.shape[-1] != self.in_chans:
             expected, got = form.format(self.in_chans), f"shape {tuple(x.shape)}"
@@ -314,6 +324,9 @@ class SlideEncoder(nn.Module):
             raise InvalidProblem(
                 message("coords", f"shape {(*x.shape[:-1], 2)}, as x", got, op=_OP)
             )
+        if coords.dtype not in _COORDS:
+            expected, hint = "integers, float32 or float64", "other floats round pixels"
+            raise InvalidProblem(message("coords", expected, str(coords.dtype), hint, op=_OP))
         if key_mask is not None and (
             key_mask.shape != x.shape[:-1] or key_mask.dtype != torch.bool
         ):
@@ -323,7 +336,9 @@ class SlideEncoder(nn.Module):
 
     def _cells(self, coords: Tensor) -> Tensor:
         """int64 cells of the grid of tiles, like coords."""
-        cells = torch.floor(coords / self.tile_size)
+        # int64 is divided as it is: as a float it would have the default dtype.
+        places = coords if coords.is_floating_point() else coords.long()
+        cells = torch.div(places, self.tile_size, rounding_mode="floor")
         inside = ((cells >= 0) & (cells < self.slide_ngrids)).all(-1)
         end = self.slide_ngrids * self.tile_size
         expected = f"0 <= coords < slide_ngrids * tile_size = {end}"
