@@ -44,6 +44,21 @@ help: ## This list
 demo: $(EXAMPLES) ## Train a LongNet at 16,384 bytes of context on a real corpus; writes demo/report.html
 	.venv/bin/python examples/longnet demo --out $(DEMO) $(DEMO_OPTIONS)
 
+.PHONY: demo-recall demo-slide demo-chromosome
+demo-recall: $(EXAMPLES) ## Recall across 16 local segments, with and without dilated branches; writes demo/recall.png
+	@mkdir -p $(DEMO)
+	.venv/bin/python examples/recall/recall.py --out $(DEMO)/recall.png $(DEMO_OPTIONS)
+
+demo-slide: $(EXAMPLES) ## Classify slides of 10,000 tiles by two distant lesions; writes demo/slide.png
+	@mkdir -p $(DEMO)
+	.venv/bin/python examples/slide/multifocal.py --out $(DEMO)/slide.png $(DEMO_OPTIONS)
+
+# Another one: `make demo-chromosome FASTA=genome.fa.gz`.
+FASTA ?= build/chromosome/MGH78578.fna.xz
+demo-chromosome: $(EXAMPLES) ## Embed 5.3 million bases in one forward pass; writes demo/chromosome
+	@[[ -f $(FASTA) || $(origin FASTA) != file ]] || tools/fetch_chromosome.sh $(FASTA)
+	.venv/bin/python examples/chromosome/embed.py --fasta $(FASTA) --out $(DEMO)/chromosome $(DEMO_OPTIONS)
+
 # In this order: what fails quickly comes first, pytest's summary stands last.
 .PHONY: test
 test: ## Everything: lint, C++ tests, sanitizers, clang, Arm, example, snippets, Python tests
@@ -125,12 +140,13 @@ format: $(TEST_PACKAGE) ## Rewrite sources in the project's format
 audit: $(PACKAGE) ## Show that the operator library fits every Python and PyTorch
 	.venv/bin/python tools/audit_abi.py .venv/lib/python3*/site-packages/dilated/libdilated_torch.so
 
-wheel: $(ENVIRONMENT) ## A wheel that travels (Highway inside), in dist/
-	rm -f dist/dilated-*.whl && rm -rf build/wheel
+wheel: $(ENVIRONMENT) ## A wheel that travels (Highway inside), and that of compat/, in dist/
+	rm -f dist/dilated*.whl && rm -rf build/wheel
 	.venv/bin/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps -w dist \
 	  --config-settings=build-dir=build/wheel --config-settings=cmake.define.DILATED_STATIC_HIGHWAY=ON .
+	.venv/bin/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps -w dist ./compat
 	.venv/bin/python tools/audit_abi.py --static build/wheel/bindings/torch/libdilated_torch.so
-	ls -l dist/dilated-*.whl
+	ls -l dist/dilated*.whl
 
 # --- environment ------------------------------------------------------------------------------------------------
 .PHONY: setup setup-tests clean
