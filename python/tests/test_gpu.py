@@ -357,6 +357,49 @@ def test_large_scores(dtype: torch.dtype) -> None:
     assert_rule(case, dtype, gpu(case, dtype))
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["bshd", "bhsd", "shd"])
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_merge(count: int, layout: str, dtype: torch.dtype) -> None:
+    """As on the CPU: sums in float64, rounded once; absent rows may hold anything."""
+    shape, rows = {
+        "bshd": ((2, 9, 3, 40), (2, 3, 9)),
+        "bhsd": ((2, 3, 9, 40), (2, 3, 9)),
+        "shd": ((9, 3, 40), (3, 9)),
+    }[layout]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    results = []
+    generator = torch.Generator().manual_seed(count)
+    drawn = []
+    for i in range(count):
+        out = torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        lse = 3 * torch.randn(rows, generator=generator, dtype=torch.float64).to(wide)
+        lse[..., 2 * i % 9] = -torch.inf
+        at = (..., 2 * i % 9, slice(None)) if layout == "bhsd" else (..., 2 * i % 9, slice(None), 0)
+        out[at] = torch.nan
+        drawn += [out, lse]
+    grads = [torch.randn(s, generator=generator) for s in (shape, rows)]
+    for device in (DEVICE, "cpu"):
+        inputs = [x.to(device).requires_grad_() for x in drawn]
+        parts = list(zip(inputs[::2], inputs[1::2], strict=True))
+        out, lse = dilated.merge(parts, layout=layout)
+        dlse = grads[1].to(device, wide).masked_fill(lse == -torch.inf, 0.0)
+        found = torch.autograd.grad([out, lse], inputs, [grads[0].to(device, dtype), dlse])
+        results.append([x.detach().cpu() for x in (out, lse, *found)])
+    for a, b in zip(*results, strict=True):
+        # Both round sums that differ in the last places of float64.
+        rounding = torch.finfo(a.dtype).eps if a.dtype != torch.float64 else 1e-13
+        torch.testing.assert_close(a, b, rtol=rounding, atol=1e-13)
+
+
+def test_merge_of_too_many_parts() -> None:
+    part = torch.ones(1, 2, 1, 4, device=DEVICE), torch.zeros(1, 1, 2, device=DEVICE)
+    with pytest.raises(dilated.Unsupported, match="at most 100 on a CUDA device, got 101"):
+        dilated.merge([part] * 101)
+    with pytest.raises(dilated.InvalidProblem, match="the device of parts.0..out"):
+        dilated.merge([part, (part[0].cpu(), part[1].cpu())])
+
+
 def test_memory_is_written(poisoned_memory: object) -> None:
     for options in CALLS:
         options = {k: x for k, x in options.items() if not k.startswith("dropout")}
