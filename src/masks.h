@@ -27,7 +27,9 @@ class KeyFilter {
               batch * masks.key_mask.strides[0];
     }
   }
-  constexpr bool operator()(std::int64_t row) const { return mask_ == nullptr || mask_[row * stride_] != 0; }
+  constexpr bool operator()(std::int64_t row) const {
+    return mask_ == nullptr || mask_[row * stride_] != 0;
+  }
 
  private:
   const unsigned char* mask_ = nullptr;

@@ -1,4 +1,5 @@
-// merge and its gradient on the CPU: parts are folded in their order, in double, rounded once.
+// merge and its gradient, here on the CPU: parts are folded in their order, in double, rounded
+// once.
 //   dO_i = w_i dO        dl_i = w_i (dO.(O_i - O) + dL)        w_i = e^(l_i - L)
 #include "dilated/merge.h"
 
@@ -9,6 +10,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "src/cuda_merge.h"
 #include "src/half.h"
 #include "src/hand_out.h"
 #include "src/merge.h"
@@ -158,7 +160,7 @@ void check_parts(const ViewCheck& check, std::span<const Partial> parts) {
 }  // namespace
 
 void merge(std::span<const Partial> parts, const TensorView& out, const RowView& lse,
-           const Context& context) {
+           const Context& context, const DeviceSpec& device) {
   const ViewCheck check("merge");
   check_parts(check, parts);
   const auto& shape = parts.front().out.shape;
@@ -170,6 +172,9 @@ void merge(std::span<const Partial> parts, const TensorView& out, const RowView&
   for (const Partial& part : parts) {
     check.outputs({{"out", out}, {"lse", lse}}, {{"parts", part.out}, {"parts", part.lse}});
   }
+  if (device.kind == Device::kCuda) {
+    return cuda_merge(parts, out, lse, context, device);
+  }
   for_each_row(shape, context,
                [&](const At& at, std::vector<double>& part, std::vector<double>& merged) {
                  store(lse, at, merge_row(parts, at, part, merged));
@@ -179,7 +184,7 @@ void merge(std::span<const Partial> parts, const TensorView& out, const RowView&
 
 void merge_backward(std::span<const Partial> parts, const ConstTensorView& dout,
                     const ConstRowView& dlse, std::span<const PartialGradient> gradients,
-                    const Context& context) {
+                    const Context& context, const DeviceSpec& device) {
   const ViewCheck check("merge_backward");
   check_parts(check, parts);
   const auto& shape = parts.front().out.shape;
@@ -200,6 +205,9 @@ void merge_backward(std::span<const Partial> parts, const ConstTensorView& dout,
     check.tensor("gradients.lse", gradient.lse, row_shape, accumulation_dtype(dtype));
     check.outputs({{"gradients.out", gradient.out}, {"gradients.lse", gradient.lse}},
                   {{"dout", dout}, {"dlse", dlse}});
+  }
+  if (device.kind == Device::kCuda) {
+    return cuda_merge_backward(parts, dout, dlse, gradients, context, device);
   }
   for_each_row(
       shape, context, [&](const At& at, std::vector<double>& part, std::vector<double>& upstream) {

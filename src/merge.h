@@ -30,7 +30,7 @@ struct MergedSums {
 /// value like any other.
 template <typename Real, typename Power>
 constexpr MergedSums<Real> merge_sums(const ScaledSum<Real>& a, const ScaledSum<Real>& b,
-                                   const Power& power) {
+                                      const Power& power) {
   const Real top = a.max > b.max ? a.max : b.max;
   if (top == kAbsentLse<Real>) {
     return {{}, Real(0), Real(0)};

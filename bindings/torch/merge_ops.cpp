@@ -34,9 +34,13 @@ struct Parts {
                    layout_names()[static_cast<std::size_t>(layout_index)],
                std::to_string(out.shape.size()) + " and " + std::to_string(lses[i].dim()));
       }
-      if (!outs[i].is_cpu() || !lses[i].is_cpu()) {
-        raise<Unsupported>(
-            {"merge", name, "device cpu", out.device, "other devices have no merge"});
+      const TensorInfo lse = info_of((name + ".lse").c_str(), lses[i]);
+      if (i == 0) {
+        device_name = out.device;
+        device = parse_device(out.name, out.device);
+      }
+      for (const TensorInfo* info : {&out, &lse}) {
+        check_device(*info);
       }
       const DType dtype = parse_dtype(out.name, out.dtype);
       views.push_back({token_view(out, outs[i], layout, dtype),
@@ -49,7 +53,15 @@ struct Parts {
 
   DType dtype() const { return views.front().out.dtype; }
 
+  void check_device(const TensorInfo& info) const {
+    if (info.device != device_name) {
+      refuse(info.name, "the device of parts[0].out, " + device_name, info.device);
+    }
+  }
+
   Layout layout;
+  std::string device_name;
+  DeviceSpec device;
   std::vector<Partial> views;
 };
 
@@ -69,7 +81,8 @@ std::tuple<Tensor, Tensor> merge_op(const std::vector<Tensor>& outs,
   Tensor lse = new_empty(outs[0], shape_of(lses[0]), rows_dtype);
   const TorchParallelFor threads;
   merge(parts.views, new_token_view(out, parts.layout, dtype), new_row_view(lse, rows_dtype),
-        {.parallel_for = &threads, .workspace = {}});
+        {.parallel_for = &threads, .workspace = {}, .stream = current_stream(outs[0])},
+        parts.device);
   return {std::move(out), std::move(lse)};
 }
 
@@ -79,6 +92,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_backward_op(
   const Parts parts(outs, lses, layout);
   const Tensor dout = torch::stable::contiguous(dout_given);  // it may be expanded
   const TensorInfo dout_info = info_of("dout", dout);
+  parts.check_device(dout_info);
   const DType rows_dtype = accumulation_dtype(parts.dtype());
   std::vector<Tensor> douts;
   std::vector<Tensor> dlses;
@@ -90,10 +104,10 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_backward_op(
                          new_row_view(dlses[i], rows_dtype)});
   }
   const TorchParallelFor threads;
-  merge_backward(parts.views,
-                 token_view(dout_info, dout, parts.layout, parse_dtype("dout", dout_info.dtype)),
-                 dlse ? row_view(*dlse, rows_dtype) : ConstRowView{}, gradients,
-                 {.parallel_for = &threads, .workspace = {}});
+  merge_backward(
+      parts.views, token_view(dout_info, dout, parts.layout, parse_dtype("dout", dout_info.dtype)),
+      dlse ? row_view(*dlse, rows_dtype) : ConstRowView{}, gradients,
+      {.parallel_for = &threads, .workspace = {}, .stream = current_stream(outs[0])}, parts.device);
   return {std::move(douts), std::move(dlses)};
 }
 

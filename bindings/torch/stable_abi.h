@@ -153,8 +153,8 @@ inline Tensor new_workspace(const Tensor& like, std::int64_t bytes) {
   return new_empty(like, {bytes}, torch::headeronly::ScalarType::Byte);
 }
 
-/// Current stream of a CUDA tensor's device, a cudaStream_t; null for other tensors. The stable ABI of
-/// 2.11 has no such handle, so torch's C function is looked up where it lives: a CPU-only torch
+/// Current stream of a CUDA tensor's device, a cudaStream_t; null for other tensors. The stable ABI
+/// of 2.11 has no such handle, so torch's C function is looked up where it lives: a CPU-only torch
 /// lacks it. Throws std::runtime_error if it cannot be found.
 void* current_stream(const Tensor& tensor);
 

@@ -24,14 +24,15 @@ struct PartialGradient {
 
 /// Writes the merged out, of any dtype, and lse. Rows that are absent everywhere get 0 and -inf.
 /// Sums are float64, rounded once. Throws InvalidProblem for no parts, for shapes or dtypes that do
-/// not agree and for outputs that overlap. CPU memory only.
+/// not agree and for outputs that overlap, and Unsupported on a device without a merge. `device`:
+/// whose memory it is; context.stream is its stream.
 void merge(std::span<const Partial> parts, const TensorView& out, const RowView& lse,
-           const Context& context = {});
+           const Context& context = {}, const DeviceSpec& device = {});
 
 /// Gradients of the parts from dout (like the merged out) and dlse (undefined = zero). Throws like
 /// `merge`.
 void merge_backward(std::span<const Partial> parts, const ConstTensorView& dout,
                     const ConstRowView& dlse, std::span<const PartialGradient> gradients,
-                    const Context& context = {});
+                    const Context& context = {}, const DeviceSpec& device = {});
 
 }  // namespace dilated

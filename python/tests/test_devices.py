@@ -1,9 +1,10 @@
-"""Devices: nothing follows torch's default one; CUDA is refused with the reason until its kernels
-exist.
+"""Devices: nothing follows torch's default one; CUDA tensors run where there are kernels and a
+device, and are refused with the reason where there are not.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from dilated import InvalidProblem, Unsupported, _ops
 from dilated._options import attention_options
 
 LISTS: dict[str, Any] = {"segments": [4, 8], "dilations": [1, 2]}
-NO_CUDA = "cuda: this build contains no CUDA kernels; cpu: tensors are not on the CPU"
+CUDA = next(b for b in dilated.backends() if b.name == "cuda")
 
 
 @pytest.fixture(params=["context", "default"])
@@ -90,30 +91,40 @@ def test_questions_where_meta_is_the_default() -> None:
     assert dilated.MultiheadDilatedAttention(8, 2, **LISTS).q_proj.weight.is_meta
 
 
+def test_cuda_says_why_it_is_not_available() -> None:
+    reasons = ("this build contains no CUDA kernels", "no CUDA device")
+    assert CUDA.available == (not CUDA.description.startswith(reasons))
+    assert not CUDA.available or torch.cuda.is_available()
+
+
 # Views of fake CUDA tensors need a PyTorch built for CUDA.
 @pytest.mark.parametrize("name", ["plain", "sum", "lists", "seed", "drawn", "fkodom", "row_shift",
                                   "module"])  # fmt: skip
-def test_cuda_tensors_are_refused_with_the_reason(name: str) -> None:
+def test_cuda_tensors_run_or_are_refused_with_the_reason(name: str) -> None:
     """The operators are registered for CUDA; what they raise there is the core's."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(2, 9, 4, 8, device="cuda")
+        if CUDA.available:
+            assert CALLS[name](x).shape == x.shape
+            return
         with pytest.raises(Unsupported) as caught:
             CALLS[name](x)
     expected = "backend: expected a back end that can run this problem, got float32 on cuda"
-    assert f"{expected} ({NO_CUDA}" in str(caught.value)
+    reasons = f"cuda: {CUDA.description}; cpu: tensors are not on the CPU"
+    assert f"{expected} ({reasons}" in str(caught.value)
 
 
 def test_a_forced_back_end_says_why_not() -> None:
+    refusals = {"cpu": "tensors are not on the CPU"}
+    if not CUDA.available:
+        refusals["cuda"] = CUDA.description
+        with pytest.raises(Unsupported, match="got float32 on cuda"):
+            dilated.plan(9, 4, **LISTS, device="cuda")
     with FakeTensorMode():
         x = torch.empty(2, 9, 4, 8, device="cuda:1")
-        for backend, reason in (
-            ("cuda", "this build contains no CUDA kernels"),
-            ("cpu", "tensors are not on the CPU"),
-        ):
-            with pytest.raises(Unsupported, match=rf"got {backend} \({reason}\)"):
+        for backend, reason in refusals.items():
+            with pytest.raises(Unsupported, match=re.escape(f"got {backend} ({reason})")):
                 dilated.dilated_attention(x, x, x, **LISTS, backend=backend)
-    with pytest.raises(Unsupported, match="got float32 on cuda"):
-        dilated.plan(9, 4, **LISTS, device="cuda")
 
 
 def test_operators_are_registered_for_both_devices() -> None:

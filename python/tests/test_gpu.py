@@ -22,32 +22,43 @@ import dilated
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEVICE = "cuda"
+Results = dict[str, Tensor]
 EXAMPLES = int(os.environ.get("DILATED_GPU_EXAMPLES", "300"))
 LISTS: dict[str, Any] = {"segments": [8, 13, 40], "dilations": [1, 3, 5]}
 
 
-def gpu(case: Case, dtype: torch.dtype, **call: Any) -> dict[str, Tensor]:
-    found = run(case, dtype, device="cuda", backend="cuda", **call)
+def gpu(case: Case, dtype: torch.dtype, **call: Any) -> Results:
+    found = run(case, dtype, device=DEVICE, backend="cuda", **call)
     assert all(x.is_cuda for x in found.values())
     return {name: x.cpu() for name, x in found.items()}
 
 
-def assert_rule(case: Case, dtype: torch.dtype, actual: dict[str, Tensor], **more: Any) -> None:
-    """The tolerance rule. A small result may be exact for the plain implementation by luck: then
-    its largest error over other inputs of the same shapes counts.
+def assert_errors(actual: Results, exact: Results, yardstick: Any) -> None:
+    """The tolerance rule. `yardstick(shift)` gives the exact and the plain results of other inputs
+    of the same shapes, of these at 0: a small result may be exact for the plain implementation by
+    luck, then its largest error counts.
     """
-    exact = definition(case, dtype, torch.float64, **more)
+    found = {n: error(actual[n], exact[n]) for n in NAMES}
     bounds = dict.fromkeys(NAMES, 0.0)
     for shift in range(8):
-        other = dataclasses.replace(case, seed=case.seed + shift)
-        want = definition(other, dtype, torch.float64, **more)
-        plain = definition(other, dtype, dtype, **more)
+        want, plain = yardstick(shift)
         bounds = {n: max(bounds[n], 2.0 * error(plain[n], want[n]) + 1e-5) for n in NAMES}
-        bounds["lse"] = 1e-3
-        found = {n: error(actual[n], exact[n]) for n in NAMES}
+        finite = exact["lse"][exact["lse"].isfinite()]
+        last_place = 2.0**-23 * float(finite.abs().max()) if finite.numel() else 0.0
+        bounds["lse"] = max(1e-3, 16 * last_place)
         if all(found[n] <= bounds[n] for n in NAMES):
             return
-    assert not {n: (found[n], bounds[n]) for n in NAMES if found[n] > bounds[n]}, f"{case}"
+    assert not {n: (found[n], bounds[n]) for n in NAMES if found[n] > bounds[n]}
+
+
+def assert_rule(case: Case, dtype: torch.dtype, actual: Results, **more: Any) -> None:
+    def yardstick(shift: int) -> tuple[Results, Results]:
+        other = dataclasses.replace(case, seed=case.seed + shift)
+        want = definition(other, dtype, torch.float64, **more)
+        return want, definition(other, dtype, dtype, **more)
+
+    assert_errors(actual, definition(case, dtype, torch.float64, **more), yardstick)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -116,50 +127,129 @@ CALLS: list[dict[str, Any]] = [
     {"merge": "sum", "out_scale": 0.3, "scale": -0.2},
     {"gqa_offset": "q"},
 ]
+LENGTHS = [61, 0, 17, 45]
+QUERY_STARTS, KEY_STARTS, WINDOW = [3, 0, 19, 7], [10, 25, 0, 2], 36
 
 
-def _both(function: Any, tensors: list[Tensor]) -> None:
-    """`function(*tensors)` and its gradients on the GPU and on the CPU, in float32."""
-    results = []
-    for device in ("cuda", "cpu"):
-        inputs = [x.to(device).requires_grad_() for x in tensors]
-        outputs = function(*inputs)
-        generator = torch.Generator().manual_seed(1)
-        grads = [torch.randn(x.shape, generator=generator).to(device) for x in outputs]
-        finite = [x.nan_to_num(neginf=0.0) for x in outputs]
-        found = torch.autograd.grad(finite, inputs, grads)
-        results.append([x.detach().cpu() for x in (*outputs, *found)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+class Layouted:
+    """How tensors of four sequences of at most 61 tokens are given: `given` and `returned` map
+    (sequences, tokens, heads, head_dim) to the call's tensors, `rows` (sequences, heads, tokens)
+    to its log-sum-exp. The definition sees all sequences padded, with their true lengths and masks.
+    """
+
+    def __init__(self, layout: str, options: dict[str, Any]) -> None:
+        self.layout = layout
+        self.is_window = layout == "window"
+        self.has_lengths = layout in ("packed", "seqused")
+        self.options = dict(options)
+        if self.is_window:  # what windows do not have, or what a padded sequence cannot say
+            for name in ("merge", "lse_grad", "tail"):
+                self.options.pop(name, None)
+        generator = torch.Generator().manual_seed(5)
+        self.mask = torch.rand(4, 61, generator=generator) > 0.2
+
+    def _cut(self, x: Tensor, starts: list[int], axis: int) -> Tensor:
+        parts = [y.narrow(axis, a, WINDOW) for y, a in zip(x, starts, strict=True)]
+        return torch.stack(parts)
+
+    def given(self, x: Tensor, starts: list[int]) -> Tensor:
+        if self.layout == "bhsd":
+            return x.transpose(1, 2)
+        if self.layout == "packed":
+            return torch.cat([y[:n] for y, n in zip(x, LENGTHS, strict=True)])
+        return self._cut(x, starts, 0) if self.is_window else x
+
+    def rows(self, x: Tensor) -> Tensor:
+        if self.layout == "packed":
+            return torch.cat([y[:, :n] for y, n in zip(x, LENGTHS, strict=True)], dim=1)
+        return self._cut(x, QUERY_STARTS, 1) if self.is_window else x
+
+    def call(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The operator."""
+        more = {**LISTS, **self.options}
+        mask = self.mask.to(q.device)
+        if self.is_window:
+            more |= {"seqlen": 61, "query_start": QUERY_STARTS, "key_start": KEY_STARTS}
+        elif self.layout == "packed":
+            ends = torch.tensor(LENGTHS).cumsum(0).tolist()
+            more |= {"layout": "shd", "cu_seqlens": [0, *ends]}
+            mask = self.given(mask, KEY_STARTS)
+        elif self.layout == "seqused":
+            more["seqused"] = LENGTHS
+        elif self.layout == "bhsd":
+            more["layout"] = "bhsd"
+        given = self.given(q, QUERY_STARTS), self.given(k, KEY_STARTS), self.given(v, KEY_STARTS)
+        if self.is_window:
+            return dilated.window_attention(*given, **more)
+        return dilated.dilated_attention(*given, **more, key_mask=mask, return_lse=True)
+
+    def define(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The definition, which knows no layout: masks, and dropout read back from the CPU."""
+        more = dict(self.options)
+        names = ("offsets", "gqa_offset")
+        table = dilated.plan(
+            61, 4, num_kv_heads=2, **LISTS, **{n: more.pop(n) for n in names if n in more}
+        ).offsets
+        more["key_mask"] = self.mask
+        if self.is_window:
+            position = torch.arange(61)
+            start = torch.tensor(KEY_STARTS)[:, None]
+            more["key_mask"] = (position >= start) & (position < start + WINDOW)
+        if self.has_lengths:
+            more["seqused"] = LENGTHS
+        if (seed := more.pop("dropout_seed", None)) is not None:
+            more["dropout_masks"] = self._kept(table, more["dropout_p"], seed)
+        out, lse = dilated.reference.dilated_attention(q, k, v, **LISTS, offsets=table, **more)
+        return self.given(out, QUERY_STARTS), self.rows(lse)
+
+    def _kept(self, table: list[list[int]], p: float, seed: int) -> Tensor:
+        """Masks of dropout: weights are equal, values the identity."""
+        value = torch.eye(61, dtype=torch.float64)[None, :, None, :].expand(4, 61, 4, 61)
+        query = torch.zeros(4, 61, 4, 61, dtype=torch.float64)
+        masks = []
+        for branch in range(len(table)):
+            only = [row if b == branch else [-1] * 4 for b, row in enumerate(table)]
+            out = dilated.dilated_attention(
+                query, query, value, **LISTS, offsets=only, dropout_p=p, dropout_seed=seed,
+                seqused=LENGTHS if self.has_lengths else None,
+            )  # fmt: skip
+            masks.append(out.transpose(1, 2) != 0)
+        return torch.stack(masks)
 
 
+def _results(function: Any, inputs: list[Tensor], seed: int) -> dict[str, Tensor]:
+    """Outputs, and gradients from random ones, in the inputs' dtype and on their device."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    outputs = function(*inputs)
+    generator = torch.Generator().manual_seed(seed)
+    grads = [
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).bfloat16() for x in outputs
+    ]
+    found = torch.autograd.grad(
+        [x.masked_fill(x == -torch.inf, 0.0) for x in outputs],
+        inputs,
+        [g.to(x.device, x.dtype) for g, x in zip(grads, outputs, strict=True)],
+    )
+    return dict(zip(NAMES, (x.detach().cpu() for x in (*outputs, *found)), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", CALLS, ids=str)
 @pytest.mark.parametrize("layout", ["bshd", "bhsd", "packed", "seqused", "window"])
-def test_layouts_and_lengths_equal_the_cpu(options: dict[str, Any], layout: str) -> None:
-    """Dropout too: one mask for all back ends."""
-    if layout == "window" and options.get("merge", "lse") != "lse":
-        options = {**options, "merge": "lse"}
-    if layout == "window" and "lse_grad" in options:
-        options = {**options, "lse_grad": True}
-    more = {**LISTS, **options, "return_lse": True}
-    q, k, v = (torch.randn(3, 61, h, 20) for h in (4, 2, 2))
-    mask = torch.rand(3, 61) > 0.2
-    if layout == "bhsd":
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        more["layout"] = "bhsd"
-    elif layout == "packed":
-        q, k, v, mask = (x.flatten(0, 1) for x in (q, k, v, mask))
-        more |= {"layout": "shd", "cu_seqlens": [0, 5, 5, 100, 183]}
-    elif layout == "seqused":
-        more["seqused"] = [61, 0, 17]
-    elif layout == "window":
-        del more["return_lse"]
-        more |= {"seqlen": 80, "query_start": [3, 0, 19], "key_start": [10, 19, 0]}
-        _both(lambda *x: dilated.window_attention(*x, **more), [q, k, v])
-        return
-    _both(
-        lambda *x: dilated.dilated_attention(*x, key_mask=mask.to(x[0].device), **more), [q, k, v]
-    )
+def test_layouts_and_lengths(layout: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """The tolerance rule; dropout too: one mask for all back ends."""
+    problem = Layouted(layout, options)
+
+    def inputs(seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        shapes = ((4, 61, heads, 20) for heads in (4, 2, 2))
+        return [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+
+    def at(seed: int, precision: torch.dtype) -> dict[str, Tensor]:
+        return _results(problem.define, [x.to(precision) for x in inputs(seed)], seed)
+
+    found = _results(problem.call, [x.to(DEVICE) for x in inputs(0)], 0)
+    assert_errors(found, at(0, torch.float64), lambda s: (at(s, torch.float64), at(s, dtype)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -239,24 +329,75 @@ def test_bits(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("amplitude", [1.0, 100.0])
 def test_rows_of_one_key(dtype: torch.dtype, amplitude: float) -> None:
-    """dV = dO at any finite score."""
+    """O = V and dV = dO at any finite score. dS = dO.V - dO.O is 0 up to the rounding of two sums
+    of head_dim products, each at most a unit in the last place of the sum of magnitudes per
+    product.
+    """
     q, k, v = (
-        (amplitude * torch.randn(2, 50, 2, 64, device="cuda")).to(dtype).requires_grad_()
+        (amplitude * torch.randn(2, 50, 2, 64, device=DEVICE)).to(dtype).requires_grad_()
         for _ in range(3)
     )
-    dout = torch.randn(2, 50, 2, 64, device="cuda").to(dtype)
+    dout = torch.randn(2, 50, 2, 64, device=DEVICE).to(dtype)
     out = dilated.dilated_attention(q, k, v, segments=[1], dilations=[1])
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
     assert torch.equal(out, v)
     assert torch.equal(dv, dout)
-    assert float(dq.abs().max()) <= 1e-4 * amplitude**2
-    assert float(dk.abs().max()) <= 1e-4 * amplitude**2
+    magnitude = (dout.double() * v.double()).abs().sum(-1, keepdim=True)
+    bound = 2 * 64 * torch.finfo(torch.float32).eps * magnitude / 64**0.5
+    # dS, and then the gradient, are rounded to the dtype.
+    numbers = torch.finfo(dtype)
+    for gradient, factor in ((dq, k), (dk, q)):
+        largest = (1.0 + numbers.eps) ** 2 * bound * factor.double().abs() + numbers.tiny
+        assert bool((gradient.double().abs() <= largest).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_scores(dtype: torch.dtype) -> None:
     case = Case(90, 2, 2, 2, 32, [16, 90], [1, 2], {"scale": 200.0})
     assert_rule(case, dtype, gpu(case, dtype))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["bshd", "bhsd", "shd"])
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_merge(count: int, layout: str, dtype: torch.dtype) -> None:
+    """As on the CPU: sums in float64, rounded once; absent rows may hold anything."""
+    shape, rows = {
+        "bshd": ((2, 9, 3, 40), (2, 3, 9)),
+        "bhsd": ((2, 3, 9, 40), (2, 3, 9)),
+        "shd": ((9, 3, 40), (3, 9)),
+    }[layout]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    results = []
+    generator = torch.Generator().manual_seed(count)
+    drawn = []
+    for i in range(count):
+        out = torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        lse = 3 * torch.randn(rows, generator=generator, dtype=torch.float64).to(wide)
+        lse[..., 2 * i % 9] = -torch.inf
+        at = (..., 2 * i % 9, slice(None)) if layout == "bhsd" else (..., 2 * i % 9, slice(None), 0)
+        out[at] = torch.nan
+        drawn += [out, lse]
+    grads = [torch.randn(s, generator=generator) for s in (shape, rows)]
+    for device in (DEVICE, "cpu"):
+        inputs = [x.to(device).requires_grad_() for x in drawn]
+        parts = list(zip(inputs[::2], inputs[1::2], strict=True))
+        out, lse = dilated.merge(parts, layout=layout)
+        dlse = grads[1].to(device, wide).masked_fill(lse == -torch.inf, 0.0)
+        found = torch.autograd.grad([out, lse], inputs, [grads[0].to(device, dtype), dlse])
+        results.append([x.detach().cpu() for x in (out, lse, *found)])
+    for a, b in zip(*results, strict=True):
+        # Both round sums that differ in the last places of float64.
+        rounding = torch.finfo(a.dtype).eps if a.dtype != torch.float64 else 1e-13
+        torch.testing.assert_close(a, b, rtol=rounding, atol=1e-13)
+
+
+def test_merge_of_too_many_parts() -> None:
+    part = torch.ones(1, 2, 1, 4, device=DEVICE), torch.zeros(1, 1, 2, device=DEVICE)
+    with pytest.raises(dilated.Unsupported, match="at most 100 on a CUDA device, got 101"):
+        dilated.merge([part] * 101)
+    with pytest.raises(dilated.InvalidProblem, match="the device of parts"):
+        dilated.merge([part, (part[0].cpu(), part[1].cpu())])
 
 
 def test_memory_is_written(poisoned_memory: object) -> None:

@@ -26,10 +26,10 @@
 #include "src/kernels/cpu/addressing.h"
 #include "src/kernels/cpu/attention.h"
 #include "src/kernels/cpu/decision.h"
-#include "src/score_units.h"
 #include "src/kernels/cpu/scratch.h"
 #include "src/kernels/cpu/work_items.h"
 #include "src/masks.h"
+#include "src/score_units.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "src/kernels/cpu/attention_backward.cpp"
@@ -183,9 +183,9 @@ class BackwardSegment {
     const float dlse =
         tensors_.dlse.defined() ? cpu::item_at(tensors_.dlse, sequence_.batch, head_, token) : 0.0f;
     LogSum sum{cpu::item_at(tensors_.lse, sequence_.batch, head_, token),
-                    tensors_.lse_residual.defined()
-                        ? cpu::item_at(tensors_.lse_residual, sequence_.batch, head_, token)
-                        : 0.0f};
+               tensors_.lse_residual.defined()
+                   ? cpu::item_at(tensors_.lse_residual, sequence_.batch, head_, token)
+                   : 0.0f};
     float delta = -dlse;
     if (plan_.needs_branch_outputs()) {
       const std::int64_t saved = plan_.branch_row_begin(branch_, sequence_index_) +

@@ -17,11 +17,11 @@
 #include "src/kernels/cpu/attention.h"
 #include "src/kernels/cpu/branch_rows.h"
 #include "src/kernels/cpu/decision.h"
-#include "src/score_units.h"
 #include "src/kernels/cpu/scratch.h"
 #include "src/kernels/cpu/work_items.h"
 #include "src/masks.h"
 #include "src/merge.h"
+#include "src/score_units.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "src/kernels/cpu/attention_forward.cpp"

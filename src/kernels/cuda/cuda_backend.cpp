@@ -15,7 +15,7 @@ constexpr std::int64_t kMaxHeads = 65535;  // a dimension of launches
 
 /// Asked once: whether a device exists does not change.
 std::string unavailable() {
-  static const std::string reason = [] {
+  static const std::string kReason = [] {
     int devices = 0;
     const cudaError_t error = cudaGetDeviceCount(&devices);
     if (error != cudaSuccess) {
@@ -23,7 +23,7 @@ std::string unavailable() {
     }
     return std::string(devices > 0 ? "" : "no CUDA device");
   }();
-  return reason;
+  return kReason;
 }
 
 std::string description() { return "CUDA mma.sync, cp.async"; }

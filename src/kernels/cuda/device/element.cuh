@@ -17,7 +17,9 @@ inline constexpr DType kDTypeOf = std::is_same_v<Element, float>           ? DTy
                                   : std::is_same_v<Element, __nv_bfloat16> ? DType::kBFloat16
                                                                            : DType::kFloat16;
 
-__device__ inline std::int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+__device__ inline std::int64_t bytes_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
 
 __device__ inline float load_element(const std::byte* row, DType dtype, int column) {
   switch (dtype) {

@@ -1,0 +1,171 @@
+// What the CUDA back end decides, without a device: its tables hand out every row exactly once, the
+// tiles fit into shared memory, the workspace is that of docs/architecture.md.
+#include <cstring>
+#include <map>
+#include <tuple>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "src/geometry.h"
+#include "src/kernels/cuda/decision.h"
+#include "tests/support/random_problem.h"
+
+namespace dilated::gpu {
+namespace {
+
+using testing::RandomCase;
+
+template <typename T>
+std::vector<T> table(const CudaDecision& decision, std::int64_t at, std::size_t count) {
+  std::vector<T> entries(count);
+  if (count > 0) {
+    std::memcpy(entries.data(), decision.tables.data() + at, count * sizeof(T));
+  }
+  return entries;
+}
+
+/// The group that a tile belongs to, as kernels find it: the last that begins at or before it.
+const TileGroup& group_of(const std::vector<TileGroup>& groups, std::int64_t tile) {
+  std::size_t found = 0;
+  for (std::size_t i = 0; i < groups.size(); ++i) {
+    found = groups[i].first_tile <= tile ? i : found;
+  }
+  return groups[found];
+}
+
+/// (branch, sequence, position) -> how many tiles hold it, over all residues.
+using Counts = std::map<std::tuple<std::int32_t, std::int32_t, std::int64_t>, int>;
+
+Counts count_rows(const Plan& plan, const std::vector<TileGroup>& groups, std::int64_t tiles,
+                  std::int64_t tile_rows, bool of_queries) {
+  Counts counts;
+  for (std::int64_t tile = 0; tile < tiles; ++tile) {
+    const TileGroup& group = group_of(groups, tile);
+    const Sequence& sequence = plan.sequences()[static_cast<std::size_t>(group.sequence)];
+    const Branch& branch = plan.problem().branches[static_cast<std::size_t>(group.branch)];
+    const BranchGeometry geometry(sequence.length, branch.segment, branch.dilation);
+    const std::int64_t index = tile - group.first_tile;
+    const std::int64_t segment = group.first_segment + index / group.tiles_per_segment;
+    for (std::int64_t residue = 0; residue < branch.dilation; ++residue) {
+      const RowSpan span =
+          geometry.span(segment, residue, of_queries ? sequence.queries : sequence.keys, 0);
+      const std::int64_t first = span.first + index % group.tiles_per_segment * tile_rows;
+      for (std::int64_t row = first; row < std::min(first + tile_rows, span.last); ++row) {
+        ++counts[{group.branch, group.sequence, geometry.position(segment, residue, row)}];
+      }
+    }
+  }
+  return counts;
+}
+
+Counts every_row_once(const Plan& plan, bool of_queries) {
+  Counts counts;
+  for (std::size_t b = 0; b < plan.problem().branches.size(); ++b) {
+    for (std::size_t s = 0; s < plan.sequences().size(); ++s) {
+      const Sequence& sequence = plan.sequences()[s];
+      const Range window = of_queries ? sequence.queries : sequence.keys;
+      for (std::int64_t p = window.begin; p < window.end; ++p) {
+        counts[{static_cast<std::int32_t>(b), static_cast<std::int32_t>(s), p}] = 1;
+      }
+    }
+  }
+  return counts;
+}
+
+TEST(CudaDecision, TilesHoldEveryRowOnce) {
+  testing::check_property(
+      "tiles", 300, {.dtype = DType::kFloat32, .max_seqlen = 300, .max_head_dim = 256},
+      [](const RandomCase& drawn) -> std::string {
+        const Plan plan = make_plan(drawn.problem, "cpu");
+        const CudaDecision decision(plan);
+        const std::size_t groups = plan.problem().branches.size() * plan.sequences().size();
+        const auto queries = table<TileGroup>(decision, decision.at.query_groups, groups);
+        const auto keys = table<TileGroup>(decision, decision.at.key_groups, groups);
+        if (count_rows(plan, queries, decision.query_tiles.back(), decision.tiles.rows, true) !=
+            every_row_once(plan, true)) {
+          return "query rows";
+        }
+        if (count_rows(plan, keys, decision.key_tiles.back(), decision.tiles.rows, false) !=
+            every_row_once(plan, false)) {
+          return "key rows";
+        }
+        const auto rows =
+            table<TileGroup>(decision, decision.at.row_groups, plan.sequences().size());
+        std::int64_t tiles = 0;
+        for (const TileGroup& group : rows) {
+          const Sequence& sequence = plan.sequences()[static_cast<std::size_t>(group.sequence)];
+          if (group.first_tile != tiles) {
+            return "rows of the merge";
+          }
+          tiles += ceil_div(sequence.queries.size(), decision.merge_rows);
+        }
+        return tiles == decision.row_tiles ? "" : "rows of the merge";
+      });
+}
+
+TEST(CudaDecision, TablesAreThoseOfThePlan) {
+  Problem problem = testing::paper_problem(300, 3, 40, {{64, 1}, {16, 4}, {64, 2}});
+  problem.branches[2].offsets[1] = -1;
+  const Plan plan = make_plan(problem, "cpu");
+  const CudaDecision decision(plan);
+  EXPECT_THAT(decision.branch_order, ::testing::ElementsAre(1, 0, 2));
+  const auto shapes = table<BranchShape>(decision, decision.at.branches, 3);
+  const auto offsets = table<std::int64_t>(decision, decision.at.offsets, 9);
+  for (std::size_t b = 0; b < 3; ++b) {
+    EXPECT_EQ(shapes[b].segment, problem.branches[b].segment);
+    EXPECT_EQ(shapes[b].dilation, problem.branches[b].dilation);
+    for (std::size_t h = 0; h < 3; ++h) {
+      EXPECT_EQ(offsets[3 * b + h], problem.branches[b].offsets[h]);
+    }
+  }
+  const auto sequences = table<Sequence>(decision, decision.at.sequences, 1);
+  EXPECT_EQ(sequences[0].length, 300);
+}
+
+/// Four tiles of rows, 16 bytes further apart than they are long, and what one passing row needs.
+TEST(CudaDecision, TilesFitIntoTheSharedMemoryOfTheSmallestCards) {
+  constexpr int kSharedBytes = 99 * 1024;
+  for (const int bytes : {2, 4}) {
+    for (const int head_dim : kPaddedHeadDims) {
+      const TileShape tiles = tile_shape(head_dim * bytes);
+      const int row = head_dim * bytes + 16;
+      EXPECT_LE(row * (tiles.rows + 2 * tiles.forward_columns) + tiles.forward_columns,
+                kSharedBytes);
+      EXPECT_LE(2 * row * (tiles.rows + tiles.backward_columns) + 17 * tiles.backward_columns,
+                kSharedBytes);
+    }
+  }
+}
+
+TEST(CudaDecision, HeadDimsArePadded) {
+  for (const auto& [head_dim, padded] :
+       {std::pair{1, 32}, {32, 32}, {33, 64}, {64, 64}, {96, 128}, {129, 256}, {256, 256}}) {
+    const Plan plan = make_plan(testing::paper_problem(9, 2, head_dim, {{4, 1}}), "cpu");
+    EXPECT_EQ(CudaDecision(plan).padded_head_dim, padded);
+  }
+}
+
+/// The formula of docs/architecture.md, pieces rounded up to 256 bytes.
+TEST(CudaDecision, WorkspaceIsThatOfTheFormula) {
+  const auto pieces = [](std::int64_t bytes) { return (bytes + 255) / 256 * 256; };
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    Problem problem = testing::paper_problem(150, 4, 24, {{50, 1}, {100, 3}});
+    problem.dtype = dtype;
+    problem.batch = 3;
+    problem.num_kv_heads = 2;
+    const Plan plan = make_plan(problem, "cpu");
+    const CudaDecision decision(plan);
+    const std::int64_t tables = pieces(104 * 3 + 80 * 3 * 2 + (16 + 8 * 4) * 2);
+    const std::int64_t rows = 3 * 4 * plan.branch_rows();
+    EXPECT_EQ(decision.workspace_bytes(Pass::kForward),
+              tables + pieces(rows * 8) + pieces(rows * 4 * 24));
+    const std::int64_t sums = dtype == DType::kFloat32
+                                  ? 0
+                                  : pieces(4 * 3 * 24 * 150 * 4) + 2 * pieces(4 * 3 * 24 * 150 * 2);
+    EXPECT_EQ(decision.workspace_bytes(Pass::kBackward), tables + pieces(rows * 16) + sums);
+  }
+}
+
+}  // namespace
+}  // namespace dilated::gpu
