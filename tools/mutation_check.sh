@@ -42,10 +42,10 @@ mutants=(
   'pack: factor of the last columns|kernels/cpu/pack-inl.h|s/to\[c\] = factor \* source\[c\];/to[c] = source[c];/|property_test'
   'pack: last column of a block|kernels/cpu/pack-inl.h|s/if \(c \+ 3 < columns\)/if (c + 4 < columns)/|property_test'
   'pack: sum of the last columns|kernels/cpu/pack-inl.h|s/^    y\[c\] \+= factor/    y[c] -= factor/|property_test'
-  'score units: sign|kernels/cpu/score_units.h|s/scale < 0\.0 \? -1\.0f : 1\.0f/1.0f/|property_test'
-  'score units: log-sum-exp|kernels/cpu/score_units.h|s/double\{row\.max\} \+ std::log/double{row.max} - std::log/|property_test'
-  'score units: share|kernels/cpu/score_units.h|s/base_of\(branch\.lse\) - base_of\(whole\.lse\)/base_of(whole.lse) - base_of(branch.lse)/|property_test'
-  'score units: residual|kernels/cpu/score_units.h|s/factor_ \* \(row\.max - base_of\(lse\)\)/factor_ * row.max/|property_test'
+  'score units: sign|score_units.h|s/scale < 0\.0 \? -1\.0f : 1\.0f/1.0f/|property_test'
+  'score units: log-sum-exp|score_units.h|s/double\{row\.max\} \+ std::log/double{row.max} - std::log/|property_test'
+  'score units: share|score_units.h|s/base_of\(branch\.lse\) - base_of\(whole\.lse\)/base_of(whole.lse) - base_of(branch.lse)/|property_test'
+  'score units: residual|score_units.h|s/factor_ \* \(row\.max - base_of\(lse\)\)/factor_ * row.max/|property_test'
   'reference: sign of delta|kernels/reference/attention_backward.cpp|s/branch_delta - dlse_b/branch_delta + dlse_b/|gradient_test'
 )
 
