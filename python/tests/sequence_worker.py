@@ -2,6 +2,7 @@
 
 python sequence_worker.py SCENARIO FOLDER RANK WORLD_SIZE
     cases       every case of sequence_cases.py, and the bytes that calls send
+    training    a step of a small model on shards, and what it needs around attention
     mismatches  calls that differ between ranks
     killed, stopped, late, raising
                 the last rank fails in the second call
@@ -21,10 +22,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sequence_cases import cases
+from sequence_cases import TinyModel, cases, training_data
 from torch import Tensor
 
-from dilated.distributed import SequenceGroups, dilated_attention
+from dilated.distributed import (
+    SequenceGroups,
+    dilated_attention,
+    mean_loss,
+    sum_gradients,
+    sum_over_ranks,
+    unshard,
+)
 
 TIMEOUT = 3.0
 Attention = Callable[..., Any]
@@ -69,6 +77,46 @@ def volumes(groups: SequenceGroups) -> dict[str, list[int]]:
     local = {"segments": [32, 96], "dilations": [1, 2], "shards": [96] * groups.size}
     far = {"segments": [32, 96 * groups.size], "dilations": [1, 4]}
     return {"local": bytes_sent(groups, **local), "far": bytes_sent(groups, **far)}
+
+
+def training(groups: SequenceGroups) -> dict[str, Any]:
+    """One step with uneven shards, the last of them empty; some tokens have no target."""
+    tokens, targets = training_data()
+    shards = [tokens.shape[1] - 5 * (groups.size - 2), *[5] * (groups.size - 2), 0]
+    model = TinyModel()
+    attention = partial(dilated_attention, sequence_groups=groups, shards=shards)
+    mine = groups.shard(tokens, shards=shards)
+    out, losses = model(
+        mine, groups.shard(targets, shards=shards), attention, begins=groups.rank == 0
+    )
+    count = int((groups.shard(targets, shards=shards) >= 0).sum())
+    loss = mean_loss(losses.sum(), count, sequence_groups=groups)
+    loss.backward()
+    sum_gradients(model.parameters(), sequence_groups=groups)
+    return {
+        "loss": sum_over_ranks(loss, sequence_groups=groups),
+        "gradients": {name: p.grad for name, p in model.named_parameters()},
+        "out": unshard(out.detach(), sequence_groups=groups, shards=shards),
+        "tokens": unshard(mine, sequence_groups=groups),
+        "bfloat16": sum_over_ranks(
+            torch.tensor([256.0, 1.0, groups.rank]).bfloat16(), sequence_groups=groups
+        ),
+        "other": error_of(
+            lambda: sum_over_ranks(
+                torch.zeros(3 if groups.rank else 2),
+                sequence_groups=SequenceGroups(timeout=TIMEOUT),
+            )
+        ),
+        "recorded": error_of(
+            lambda: unshard(
+                out if groups.rank else out.detach(),
+                sequence_groups=SequenceGroups(timeout=TIMEOUT),
+            )
+        ),
+        "empty": error_of(
+            lambda: mean_loss(losses.sum(), 0, sequence_groups=SequenceGroups(timeout=TIMEOUT))
+        ),
+    }
 
 
 def error_of(call: Callable[[], Any]) -> tuple[str, str, float]:
@@ -135,12 +183,14 @@ def main(scenario: str, folder: Path, rank: int, size: int) -> None:
     if scenario == "cases":
         groups = SequenceGroups(timeout=60)
         result = {"cases": run_cases(groups), "volumes": volumes(groups)}
+    elif scenario == "training":
+        result = training(SequenceGroups(timeout=60))
     elif scenario == "mismatches":
         result = mismatches(rank, size)
     else:
         result = failure(scenario, rank, size)
     torch.save(result, folder / f"{scenario}-{size}-{rank}.pt")
-    if scenario in ("cases", "mismatches"):
+    if scenario in ("cases", "training", "mismatches"):
         dist.barrier()
         dist.destroy_process_group()
 
