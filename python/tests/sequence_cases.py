@@ -11,6 +11,8 @@ import torch
 from support import Case
 from torch import Tensor
 
+import dilated
+
 
 @dataclass
 class Sharded:
@@ -147,3 +149,9 @@ def training_data() -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(8)
     tokens = torch.randint(0, 11, (2, 37), generator=draw)
     return tokens, torch.randint(-1, 11, (2, 37), generator=draw)
+
+
+def multihead() -> dilated.MultiheadDilatedAttention:
+    """The same in every process."""
+    torch.manual_seed(6)
+    return dilated.MultiheadDilatedAttention(24, 4, [8, 40], [1, 2], num_kv_heads=2)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sequence_cases import TinyModel, cases, training_data
+from sequence_cases import TinyModel, cases, multihead, training_data
 from torch import Tensor
 
 from dilated.distributed import (
@@ -79,6 +79,17 @@ def volumes(groups: SequenceGroups) -> dict[str, list[int]]:
     return {"local": bytes_sent(groups, **local), "far": bytes_sent(groups, **far)}
 
 
+def multihead_step(groups: SequenceGroups, shards: list[int]) -> dict[str, Tensor | None]:
+    """Gradients of MultiheadDilatedAttention, summed over ranks, and this rank's output."""
+    layer = multihead()
+    x = groups.shard(torch.randn(2, sum(shards), 24, generator=torch.Generator().manual_seed(9)),
+                     shards=shards)  # fmt: skip
+    out, _ = layer(x, is_causal=True, sequence_groups=groups, shards=shards)
+    out.square().sum().backward()
+    sum_gradients(layer.parameters(), sequence_groups=groups)
+    return {"out": out.detach(), **{name: p.grad for name, p in layer.named_parameters()}}
+
+
 def training(groups: SequenceGroups) -> dict[str, Any]:
     """One step with uneven shards, the last of them empty; some tokens have no target."""
     tokens, targets = training_data()
@@ -110,6 +121,14 @@ def training(groups: SequenceGroups) -> dict[str, Any]:
         "recorded": error_of(
             lambda: unshard(
                 out if groups.rank else out.detach(),
+                sequence_groups=SequenceGroups(timeout=TIMEOUT),
+            )
+        ),
+        "multihead": multihead_step(groups, shards),
+        "masked": error_of(
+            lambda: multihead()(
+                out.new_zeros(1, 4, 24),
+                key_padding_mask=torch.zeros(1, 4, dtype=torch.bool) if groups.rank else None,
                 sequence_groups=SequenceGroups(timeout=TIMEOUT),
             )
         ),

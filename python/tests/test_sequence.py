@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from sequence_cases import Sharded, TinyModel, cases, training_data
+from sequence_cases import Sharded, TinyModel, cases, multihead, training_data
 from torch import Tensor
 
 import dilated
@@ -110,6 +110,22 @@ def test_ranks_have_the_bits_of_one_process(size: int, tmp_path: Path) -> None:
         assert result["volumes"]["far"] == message * 2
 
 
+def _assert_multihead_is_that_of_one_process(parts: list[dict[str, Tensor]]) -> None:
+    layer = multihead()
+    x = torch.randn(2, 37, 24, generator=torch.Generator().manual_seed(9))
+    out, _ = layer(x, is_causal=True)
+    out.square().sum().backward()
+    assert _ulps(torch.cat([part["out"] for part in parts], 1), out.detach()) <= 4
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None
+        # Sums over the rows in another order. A key bias moves no probability: what is left is
+        # rounding of numbers as large as those of the value bias.
+        at_most = x[..., 0].numel() * torch.finfo(x.dtype).eps
+        scale = max(p.grad.abs().max().item() for p in layer.parameters() if p.grad is not None)
+        for part in parts:
+            assert (part[name] - parameter.grad).abs().max() <= at_most * scale, name
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_a_step_on_shards_is_a_step_of_one_process(size: int, tmp_path: Path) -> None:
     results = Ranks("training", size, tmp_path).results(size)
@@ -140,6 +156,12 @@ def test_a_step_on_shards_is_a_step_of_one_process(size: int, tmp_path: Path) ->
             "InvalidProblem",
             "mean_loss: count: expected a token on some rank, got none",
         )
+    _assert_multihead_is_that_of_one_process([result["multihead"] for result in results])
+    for rank, result in enumerate(results):
+        kind, text, seconds = result["masked"]
+        assert kind == ("Unsupported" if rank else "InvalidProblem")
+        assert ("key_mask: expected none over ranks" if rank else "an error of ranks [1") in text
+        assert seconds < 2
     kinds, texts, seconds = zip(*(result["recorded"] for result in results), strict=True)
     assert set(kinds) == {"InvalidProblem"}
     assert "an error of ranks [1" in texts[0]
