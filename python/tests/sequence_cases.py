@@ -12,6 +12,7 @@ from support import Case
 from torch import Tensor
 
 import dilated
+from dilated.models import LongNetLM
 
 
 @dataclass
@@ -155,3 +156,10 @@ def multihead() -> dilated.MultiheadDilatedAttention:
     """The same in every process."""
     torch.manual_seed(6)
     return dilated.MultiheadDilatedAttention(24, 4, [8, 40], [1, 2], num_kv_heads=2)
+
+
+def longnet() -> LongNetLM:
+    """The same in every process."""
+    torch.manual_seed(5)
+    lists = {"segments": [8, 40], "dilations": [1, 2]}
+    return LongNetLM(11, 32, 2, 4, **lists, activation_checkpointing=True)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sequence_cases import TinyModel, cases, multihead, training_data
+from sequence_cases import TinyModel, cases, longnet, multihead, training_data
 from torch import Tensor
 
 from dilated.distributed import (
@@ -90,10 +90,21 @@ def multihead_step(groups: SequenceGroups, shards: list[int]) -> dict[str, Tenso
     return {"out": out.detach(), **{name: p.grad for name, p in layer.named_parameters()}}
 
 
+def longnet_step(groups: SequenceGroups, shards: list[int]) -> dict[str, Tensor | None]:
+    """Gradients of LongNetLM with recomputed layers, summed over ranks, and this rank's logits."""
+    model = longnet()
+    tokens = groups.shard(training_data()[0], shards=shards)
+    out = model(tokens, seqused=[37, 20], sequence_groups=groups, shards=shards)
+    real = groups.positions(shards) < torch.tensor([[37], [20]])
+    out[real].square().sum().backward()
+    sum_gradients(model.parameters(), sequence_groups=groups)
+    return {"out": out.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+
 def training(groups: SequenceGroups) -> dict[str, Any]:
-    """One step with uneven shards, the last of them empty; some tokens have no target."""
+    """One step with uneven shards, maybe an empty one; some tokens have no target."""
     tokens, targets = training_data()
-    shards = [tokens.shape[1] - 5 * (groups.size - 2), *[5] * (groups.size - 2), 0]
+    shards = {2: [20, 17], 3: [22, 15, 0], 4: [20, 5, 12, 0]}[groups.size]
     model = TinyModel()
     attention = partial(dilated_attention, sequence_groups=groups, shards=shards)
     mine = groups.shard(tokens, shards=shards)
@@ -125,6 +136,7 @@ def training(groups: SequenceGroups) -> dict[str, Any]:
             )
         ),
         "multihead": multihead_step(groups, shards),
+        "longnet": longnet_step(groups, shards),
         "masked": error_of(
             lambda: multihead()(
                 out.new_zeros(1, 4, 24),

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from sequence_cases import Sharded, TinyModel, cases, multihead, training_data
+from sequence_cases import Sharded, TinyModel, cases, longnet, multihead, training_data
 from torch import Tensor
 
 import dilated
@@ -126,6 +126,22 @@ def _assert_multihead_is_that_of_one_process(parts: list[dict[str, Tensor]]) -> 
             assert (part[name] - parameter.grad).abs().max() <= at_most * scale, name
 
 
+def _assert_longnet_is_that_of_one_process(parts: list[dict[str, Tensor]]) -> None:
+    """Positions, padding, norms and recomputed layers; float32 after two layers forth and back."""
+    model = longnet()
+    real = torch.arange(37) < torch.tensor([[37], [20]])
+    out = model(training_data()[0], seqused=[37, 20])
+    out[real].square().sum().backward()
+    got = torch.cat([part["out"] for part in parts], 1)
+    assert _ulps(got[real], out.detach()[real]) <= out[real].shape[0]
+    scale = max(p.grad.abs().max().item() for p in model.parameters() if p.grad is not None)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        at_most = out[real].shape[0] * torch.finfo(out.dtype).eps * scale
+        for part in parts:
+            assert (part[name] - parameter.grad).abs().max() <= at_most, name
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_a_step_on_shards_is_a_step_of_one_process(size: int, tmp_path: Path) -> None:
     results = Ranks("training", size, tmp_path).results(size)
@@ -156,6 +172,7 @@ def test_a_step_on_shards_is_a_step_of_one_process(size: int, tmp_path: Path) ->
             "InvalidProblem",
             "mean_loss: count: expected a token on some rank, got none",
         )
+    _assert_longnet_is_that_of_one_process([result["longnet"] for result in results])
     _assert_multihead_is_that_of_one_process([result["multihead"] for result in results])
     for rank, result in enumerate(results):
         kind, text, seconds = result["masked"]
