@@ -319,8 +319,8 @@ struct SavedTensors {
   const Tensor& branch_lse;
 };
 
-/// The last two are without elements unless keys come by class rows; dkey and dvalue are then
-/// without what other shards give, and not rounded.
+/// The last two are undefined unless keys come by class rows; dkey and dvalue are then without what
+/// other shards give, and not rounded.
 Saved backward(const Tensor& dout_given, const std::optional<Tensor>& dlse, const Tensor& query,
                const Tensor& key, const Tensor& value, const SavedTensors& saved,
                const OptionalTensors& optional, const CallOptions& options) {
@@ -337,11 +337,8 @@ Saved backward(const Tensor& dout_given, const std::optional<Tensor>& dlse, cons
   const DType dkey_dtype = call.has_class_rows() ? rows_dtype : dtype;
   Tensor dkey = new_empty(key, call.inputs.key.shape, dkey_dtype);
   Tensor dvalue = new_empty(value, call.inputs.value.shape, dkey_dtype);
-  const std::int64_t class_rows = call.plan.class_row_count();
-  const std::vector<std::int64_t> class_shape = {call.shapes.batch, class_rows,
-                                                 call.shapes.head_dim};
-  Tensor dclass_key = new_empty(key, class_shape, rows_dtype);
-  Tensor dclass_value = new_empty(key, class_shape, rows_dtype);
+  Tensor dclass_key;
+  Tensor dclass_value;
 
   BackwardTensors tensors;
   tensors.dout = token_view(info_of("dout", dout), dout, layout, call.out_dtype());
@@ -365,6 +362,10 @@ Saved backward(const Tensor& dout_given, const std::optional<Tensor>& dlse, cons
   if (call.has_class_rows()) {
     tensors.class_key = class_row_view("class_key", *optional.class_key, call);
     tensors.class_value = class_row_view("class_value", *optional.class_value, call);
+    const std::vector<std::int64_t> shape = {call.shapes.batch, call.plan.class_row_count(),
+                                             call.shapes.head_dim};
+    dclass_key = new_empty(key, shape, rows_dtype);
+    dclass_value = new_empty(key, shape, rows_dtype);
     tensors.dclass_key = new_class_row_view(dclass_key, rows_dtype);
     tensors.dclass_value = new_class_row_view(dclass_value, rows_dtype);
   }

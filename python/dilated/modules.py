@@ -15,9 +15,12 @@ from .errors import InvalidProblem, message
 from .functional import dilated_attention
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Unpack
 
     from ._options import AttentionOptions, Integers, Lengths
+    from .distributed import SequenceGroups
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -82,6 +85,7 @@ class DilatedAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[False] = ...,
         is_causal: bool = ..., key_mask: Tensor | None = ..., seqused: Lengths | None = ...,
         cu_seqlens: Lengths | None = ..., dropout_seed: SupportsIndex | Tensor | None = ...,
+        sequence_groups: SequenceGroups | None = ..., shards: Sequence[SupportsIndex] | None = ...,
     ) -> Tensor: ...  # fmt: skip
 
     @overload
@@ -89,6 +93,7 @@ class DilatedAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, *, return_lse: bool,
         is_causal: bool = ..., key_mask: Tensor | None = ..., seqused: Lengths | None = ...,
         cu_seqlens: Lengths | None = ..., dropout_seed: SupportsIndex | Tensor | None = ...,
+        sequence_groups: SequenceGroups | None = ..., shards: Sequence[SupportsIndex] | None = ...,
     ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
     def forward(
@@ -103,16 +108,42 @@ class DilatedAttention(nn.Module):
         seqused: Lengths | None = None,
         cu_seqlens: Lengths | None = None,
         dropout_seed: SupportsIndex | Tensor | None = None,
+        sequence_groups: SequenceGroups | None = None,
+        shards: Sequence[SupportsIndex] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Output like query, or (output, lse). Arguments as in :func:`dilated.dilated_attention`.
 
-        ``is_causal=True`` here or in the constructor makes the call causal.
+        ``is_causal=True`` here or in the constructor makes the call causal. With
+        ``sequence_groups`` the rows are this rank's, and so is the output: arguments and errors are
+        those of :func:`dilated.distributed.dilated_attention`. ``shards`` needs them.
         """
         options = self.options.copy()
         if flag("is_causal", is_causal):
             options["is_causal"] = True
         if not self.training:
             options["dropout_p"] = 0.0
+        if sequence_groups is not None:
+            from .distributed import dilated_attention as sharded_attention
+
+            return sharded_attention(
+                query,
+                key,
+                value,
+                sequence_groups=sequence_groups,
+                segments=self.segments,
+                dilations=self.dilations,
+                shards=shards,
+                key_mask=key_mask,
+                seqused=seqused,
+                cu_seqlens=cu_seqlens,
+                dropout_seed=dropout_seed,
+                row_shift=self.row_shift,
+                return_lse=return_lse,
+                **options,
+            )
+        if shards is not None:
+            expected = "none without sequence_groups"
+            raise InvalidProblem(message("shards", expected, f"{list(shards)}"))
         return dilated_attention(
             query,
             key,

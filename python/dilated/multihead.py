@@ -14,9 +14,13 @@ from .errors import InvalidProblem, Unsupported, message
 from .modules import DilatedAttention
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import SupportsIndex
+
     from typing_extensions import Unpack
 
     from ._options import AttentionOptions, Integers
+    from .distributed import SequenceGroups
 
 
 class _NoFusedWeights:
@@ -152,6 +156,9 @@ class MultiheadDilatedAttention(nn.Module):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        sequence_groups: SequenceGroups | None = None,
+        shards: Sequence[SupportsIndex] | None = None,
     ) -> tuple[Tensor, None]:
         """Project, attend, project.
 
@@ -166,6 +173,9 @@ class MultiheadDilatedAttention(nn.Module):
                 hand it on. It makes the call causal; ``is_causal`` needs no mask.
             average_attn_weights: Has no effect without weights.
             is_causal: True here or in the constructor makes the call causal.
+            sequence_groups: The ranks that hold the sequence; rows are then this rank's, and masks
+                must be None. None: this process holds it whole.
+            shards: Rows of every rank, as in :func:`dilated.distributed.dilated_attention`.
 
         Returns:
             (output, None).
@@ -180,6 +190,8 @@ class MultiheadDilatedAttention(nn.Module):
             expected = "3 dimensions (batch, seqlen, embed_dim)"
             raise InvalidProblem(message("query", expected, f"shape {tuple(query.shape)}"))
         if attn_mask is not None:
+            if sequence_groups is not None:
+                refuse("attn_mask", "None over ranks", "a mask", "is_causal says it")
             require_causal_mask(attn_mask, query.shape[1])
             is_causal = True
         if is_causal:
@@ -193,5 +205,8 @@ class MultiheadDilatedAttention(nn.Module):
             projection(x).unflatten(-1, (-1, self.head_dim))
             for projection, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )
-        out = self.attention(q, k, v, key_mask=key_mask, is_causal=is_causal)
+        out = self.attention(
+            q, k, v, key_mask=key_mask, is_causal=is_causal,
+            sequence_groups=sequence_groups, shards=shards,
+        )  # fmt: skip
         return self.out_proj(out.flatten(-2)), None

@@ -11,6 +11,9 @@ import torch
 from support import Case
 from torch import Tensor
 
+import dilated
+from dilated.models import LongNetLM
+
 
 @dataclass
 class Sharded:
@@ -113,3 +116,50 @@ def cases(ranks: int) -> list[Sharded]:
     ]
     draw = random.Random(ranks)
     return corners + [_random(draw, ranks) for _ in range(25)]
+
+
+class TinyModel(torch.nn.Module):
+    """Embedding, attention, output; the same weights in every process, some used by few or none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(7)
+        self.embedding = torch.nn.Parameter(torch.randn(11, 24, generator=draw))
+        self.mixing = torch.nn.Parameter(torch.randn(24, 72, generator=draw) / 5)
+        self.first = torch.nn.Parameter(torch.ones(24))  # used where position 0 is
+        self.unused = torch.nn.Parameter(torch.ones(3))
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor, attention: Any, begins: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Output rows and the losses of all tokens; `begins`: the first is position 0."""
+        x = self.embedding[tokens]
+        if begins:
+            x = torch.cat([x[:, :1] * self.first, x[:, 1:]], dim=1)
+        q, k, v = (x @ self.mixing).unflatten(-1, (3, 4, 6)).unbind(-3)
+        out = attention(q, k, v, segments=[8, 40], dilations=[1, 2], is_causal=True).flatten(-2)
+        logits = (out + x) @ self.embedding.T
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none"
+        )
+        return out, losses
+
+
+def training_data() -> tuple[Tensor, Tensor]:
+    """Tokens and targets (2, 37); a target of -1 is none."""
+    draw = torch.Generator().manual_seed(8)
+    tokens = torch.randint(0, 11, (2, 37), generator=draw)
+    return tokens, torch.randint(-1, 11, (2, 37), generator=draw)
+
+
+def multihead() -> dilated.MultiheadDilatedAttention:
+    """The same in every process."""
+    torch.manual_seed(6)
+    return dilated.MultiheadDilatedAttention(24, 4, [8, 40], [1, 2], num_kv_heads=2)
+
+
+def longnet() -> LongNetLM:
+    """The same in every process."""
+    torch.manual_seed(5)
+    lists = {"segments": [8, 40], "dilations": [1, 2]}
+    return LongNetLM(11, 32, 2, 4, **lists, activation_checkpointing=True)

@@ -2,6 +2,7 @@
 
 python sequence_worker.py SCENARIO FOLDER RANK WORLD_SIZE
     cases       every case of sequence_cases.py, and the bytes that calls send
+    training    a step of a small model on shards, and what it needs around attention
     mismatches  calls that differ between ranks
     killed, stopped, late, raising
                 the last rank fails in the second call
@@ -21,10 +22,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sequence_cases import cases
+from sequence_cases import TinyModel, cases, longnet, multihead, training_data
 from torch import Tensor
 
-from dilated.distributed import SequenceGroups, dilated_attention
+from dilated.distributed import (
+    SequenceGroups,
+    dilated_attention,
+    mean_loss,
+    sum_gradients,
+    sum_over_ranks,
+    unshard,
+)
 
 TIMEOUT = 3.0
 Attention = Callable[..., Any]
@@ -69,6 +77,77 @@ def volumes(groups: SequenceGroups) -> dict[str, list[int]]:
     local = {"segments": [32, 96], "dilations": [1, 2], "shards": [96] * groups.size}
     far = {"segments": [32, 96 * groups.size], "dilations": [1, 4]}
     return {"local": bytes_sent(groups, **local), "far": bytes_sent(groups, **far)}
+
+
+def multihead_step(groups: SequenceGroups, shards: list[int]) -> dict[str, Tensor | None]:
+    """Gradients of MultiheadDilatedAttention, summed over ranks, and this rank's output."""
+    layer = multihead()
+    x = groups.shard(torch.randn(2, sum(shards), 24, generator=torch.Generator().manual_seed(9)),
+                     shards=shards)  # fmt: skip
+    out, _ = layer(x, is_causal=True, sequence_groups=groups, shards=shards)
+    out.square().sum().backward()
+    sum_gradients(layer.parameters(), sequence_groups=groups)
+    return {"out": out.detach(), **{name: p.grad for name, p in layer.named_parameters()}}
+
+
+def longnet_step(groups: SequenceGroups, shards: list[int]) -> dict[str, Tensor | None]:
+    """Gradients of LongNetLM with recomputed layers, summed over ranks, and this rank's logits."""
+    model = longnet()
+    tokens = groups.shard(training_data()[0], shards=shards)
+    out = model(tokens, seqused=[37, 20], sequence_groups=groups, shards=shards)
+    real = groups.positions(shards) < torch.tensor([[37], [20]])
+    out[real].square().sum().backward()
+    sum_gradients(model.parameters(), sequence_groups=groups)
+    return {"out": out.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+
+def training(groups: SequenceGroups) -> dict[str, Any]:
+    """One step with uneven shards, maybe an empty one; some tokens have no target."""
+    tokens, targets = training_data()
+    shards = {2: [20, 17], 3: [22, 15, 0], 4: [20, 5, 12, 0]}[groups.size]
+    model = TinyModel()
+    attention = partial(dilated_attention, sequence_groups=groups, shards=shards)
+    mine = groups.shard(tokens, shards=shards)
+    out, losses = model(
+        mine, groups.shard(targets, shards=shards), attention, begins=groups.rank == 0
+    )
+    count = int((groups.shard(targets, shards=shards) >= 0).sum())
+    loss = mean_loss(losses.sum(), count, sequence_groups=groups)
+    loss.backward()
+    sum_gradients(model.parameters(), sequence_groups=groups)
+    return {
+        "loss": sum_over_ranks(loss, sequence_groups=groups),
+        "gradients": {name: p.grad for name, p in model.named_parameters()},
+        "out": unshard(out.detach(), sequence_groups=groups, shards=shards),
+        "tokens": unshard(mine, sequence_groups=groups),
+        "bfloat16": sum_over_ranks(
+            torch.tensor([256.0, 1.0, groups.rank]).bfloat16(), sequence_groups=groups
+        ),
+        "other": error_of(
+            lambda: sum_over_ranks(
+                torch.zeros(3 if groups.rank else 2),
+                sequence_groups=SequenceGroups(timeout=TIMEOUT),
+            )
+        ),
+        "recorded": error_of(
+            lambda: unshard(
+                out if groups.rank else out.detach(),
+                sequence_groups=SequenceGroups(timeout=TIMEOUT),
+            )
+        ),
+        "multihead": multihead_step(groups, shards),
+        "longnet": longnet_step(groups, shards),
+        "masked": error_of(
+            lambda: multihead()(
+                out.new_zeros(1, 4, 24),
+                key_padding_mask=torch.zeros(1, 4, dtype=torch.bool) if groups.rank else None,
+                sequence_groups=SequenceGroups(timeout=TIMEOUT),
+            )
+        ),
+        "empty": error_of(
+            lambda: mean_loss(losses.sum(), 0, sequence_groups=SequenceGroups(timeout=TIMEOUT))
+        ),
+    }
 
 
 def error_of(call: Callable[[], Any]) -> tuple[str, str, float]:
@@ -135,12 +214,14 @@ def main(scenario: str, folder: Path, rank: int, size: int) -> None:
     if scenario == "cases":
         groups = SequenceGroups(timeout=60)
         result = {"cases": run_cases(groups), "volumes": volumes(groups)}
+    elif scenario == "training":
+        result = training(SequenceGroups(timeout=60))
     elif scenario == "mismatches":
         result = mismatches(rank, size)
     else:
         result = failure(scenario, rank, size)
     torch.save(result, folder / f"{scenario}-{size}-{rank}.pt")
-    if scenario in ("cases", "mismatches"):
+    if scenario in ("cases", "training", "mismatches"):
         dist.barrier()
         dist.destroy_process_group()
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from sequence_cases import Sharded, cases
+from sequence_cases import Sharded, TinyModel, cases, longnet, multihead, training_data
 from torch import Tensor
 
 import dilated
@@ -108,6 +108,82 @@ def test_ranks_have_the_bits_of_one_process(size: int, tmp_path: Path) -> None:
         rows = 2 * 24 * 4 * 8 * 4
         message = [HEADER_BYTES] * (size - 1) + [rows] * (size - 1)
         assert result["volumes"]["far"] == message * 2
+
+
+def _assert_multihead_is_that_of_one_process(parts: list[dict[str, Tensor]]) -> None:
+    layer = multihead()
+    x = torch.randn(2, 37, 24, generator=torch.Generator().manual_seed(9))
+    out, _ = layer(x, is_causal=True)
+    out.square().sum().backward()
+    assert _ulps(torch.cat([part["out"] for part in parts], 1), out.detach()) <= 4
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None
+        # Sums over the rows in another order. A key bias moves no probability: what is left is
+        # rounding of numbers as large as those of the value bias.
+        at_most = x[..., 0].numel() * torch.finfo(x.dtype).eps
+        scale = max(p.grad.abs().max().item() for p in layer.parameters() if p.grad is not None)
+        for part in parts:
+            assert (part[name] - parameter.grad).abs().max() <= at_most * scale, name
+
+
+def _assert_longnet_is_that_of_one_process(parts: list[dict[str, Tensor]]) -> None:
+    """Positions, padding, norms and recomputed layers; float32 after two layers forth and back."""
+    model = longnet()
+    real = torch.arange(37) < torch.tensor([[37], [20]])
+    out = model(training_data()[0], seqused=[37, 20])
+    out[real].square().sum().backward()
+    got = torch.cat([part["out"] for part in parts], 1)
+    assert _ulps(got[real], out.detach()[real]) <= out[real].shape[0]
+    scale = max(p.grad.abs().max().item() for p in model.parameters() if p.grad is not None)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        at_most = out[real].shape[0] * torch.finfo(out.dtype).eps * scale
+        for part in parts:
+            assert (part[name] - parameter.grad).abs().max() <= at_most, name
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_a_step_on_shards_is_a_step_of_one_process(size: int, tmp_path: Path) -> None:
+    results = Ranks("training", size, tmp_path).results(size)
+    tokens, targets = training_data()
+    model = TinyModel()
+    out, losses = model(tokens, targets, dilated.dilated_attention)
+    loss = losses.sum() / (targets >= 0).sum()
+    loss.backward()
+    for result in results:
+        assert torch.equal(result["tokens"], tokens)
+        assert _ulps(result["out"], out.detach()) <= 4  # products of other sizes round otherwise
+        assert _ulps(result["loss"], loss.detach()) <= 4
+        for name, parameter in model.named_parameters():
+            got = result["gradients"][name]
+            if parameter.grad is None:
+                assert got is None
+            else:
+                assert torch.equal(got, results[0]["gradients"][name]), name
+                # Sums over the tokens in another order.
+                assert _ulps(got, parameter.grad) <= tokens.numel(), name
+        # Added in float32: in bfloat16, 256 + 1 is 256.
+        ranks = [256 * size, size, size * (size - 1) // 2]
+        assert torch.equal(result["bfloat16"], torch.tensor(ranks).bfloat16())
+        words = "other shapes, dtype or heads on ranks [0]"
+        assert result["other"][0] == "InvalidProblem"
+        assert size == 2 or words in result["other"][1]
+        assert result["empty"][:2] == (
+            "InvalidProblem",
+            "mean_loss: count: expected a token on some rank, got none",
+        )
+    _assert_longnet_is_that_of_one_process([result["longnet"] for result in results])
+    _assert_multihead_is_that_of_one_process([result["multihead"] for result in results])
+    for rank, result in enumerate(results):
+        kind, text, seconds = result["masked"]
+        assert kind == ("Unsupported" if rank else "InvalidProblem")
+        assert ("key_mask: expected none over ranks" if rank else "an error of ranks [1") in text
+        assert seconds < 2
+    kinds, texts, seconds = zip(*(result["recorded"] for result in results), strict=True)
+    assert set(kinds) == {"InvalidProblem"}
+    assert "an error of ranks [1" in texts[0]
+    assert all("expected a tensor that records no gradient" in text for text in texts[1:])
+    assert max(seconds) < 2
 
 
 @pytest.fixture(scope="module")

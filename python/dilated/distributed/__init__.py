@@ -8,5 +8,14 @@ out = dilated.distributed.dilated_attention(
 from ..errors import DistributedAttentionError
 from ._attention import dilated_attention
 from ._groups import SequenceGroups
+from ._reductions import mean_loss, sum_gradients, sum_over_ranks, unshard
 
-__all__ = ["DistributedAttentionError", "SequenceGroups", "dilated_attention"]
+__all__ = [
+    "DistributedAttentionError",
+    "SequenceGroups",
+    "dilated_attention",
+    "mean_loss",
+    "sum_gradients",
+    "sum_over_ranks",
+    "unshard",
+]

@@ -271,6 +271,8 @@ def dilated_attention(
     seqused: Lengths | None = ...,
     cu_seqlens: Lengths | None = ...,
     dropout_seed: SupportsIndex | Tensor | None = ...,
+    key_mask: Tensor | None = ...,
+    row_shift: bool = ...,
     return_lse: Literal[False] = ...,
     **options: Unpack[AttentionOptions],
 ) -> Tensor: ...
@@ -289,9 +291,31 @@ def dilated_attention(
     seqused: Lengths | None = ...,
     cu_seqlens: Lengths | None = ...,
     dropout_seed: SupportsIndex | Tensor | None = ...,
+    key_mask: Tensor | None = ...,
+    row_shift: bool = ...,
     return_lse: Literal[True],
     **options: Unpack[AttentionOptions],
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def dilated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    sequence_groups: SequenceGroups,
+    segments: Integers,
+    dilations: Integers,
+    shards: Sequence[SupportsIndex] | None = ...,
+    seqused: Lengths | None = ...,
+    cu_seqlens: Lengths | None = ...,
+    dropout_seed: SupportsIndex | Tensor | None = ...,
+    key_mask: Tensor | None = ...,
+    row_shift: bool = ...,
+    return_lse: bool,
+    **options: Unpack[AttentionOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def dilated_attention(
@@ -306,6 +330,8 @@ def dilated_attention(
     seqused: Lengths | None = None,
     cu_seqlens: Lengths | None = None,
     dropout_seed: SupportsIndex | Tensor | None = None,
+    key_mask: Tensor | None = None,
+    row_shift: bool = False,
     return_lse: bool = False,
     **options: Unpack[AttentionOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -330,6 +356,8 @@ def dilated_attention(
         cu_seqlens: Starts of the packed sequences and their end, of all ranks together.
         dropout_seed: As in :func:`dilated.dilated_attention`, the same on all ranks. None: the
             first rank draws it.
+        key_mask: Must be None: it would have to hold the keys of other ranks.
+        row_shift: Must be False.
         return_lse: Also return the log-sum-exp L.
         **options: Options of :func:`dilated.dilated_attention`, the same on all ranks.
 
@@ -340,7 +368,8 @@ def dilated_attention(
     Raises:
         InvalidProblem: an argument breaks a rule, or ranks make different calls: then on all ranks,
             before any tensor travels.
-        Unsupported: no back end can run this, or tensors are not on the CPU.
+        Unsupported: no back end can run this, a key_mask or row_shift is given, or tensors are not
+            on the CPU.
         DistributedAttentionError: a rank did not answer within the timeout of ``sequence_groups``.
 
     Example:
@@ -360,6 +389,11 @@ def dilated_attention(
 
     def check() -> _Given:
         nonlocal inputs
+        if key_mask is not None:
+            hint = "seqused and cu_seqlens say which positions there are"
+            raise Unsupported(message("key_mask", "none over ranks", "a mask", hint))
+        if flag("row_shift", row_shift):
+            raise Unsupported(message("row_shift", "False over ranks", "True"))
         if options.get("preset") in COLUMN_SUM_PRESETS:
             hint = "its column sums run over the whole sequence"
             raise Unsupported(message("preset", "no column sums over ranks", "'fkodom'", hint))

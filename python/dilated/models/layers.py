@@ -26,6 +26,7 @@ from dilated.modules import DilatedAttention
 
 if TYPE_CHECKING:
     from dilated._options import Lengths
+    from dilated.distributed import SequenceGroups
 
 # What a layer decides itself.
 _OWN_OPTIONS = {"is_causal", "dropout_p", "layout", "head_offset", "total_heads", "total_kv_heads"}
@@ -114,7 +115,7 @@ class SelfAttention(nn.Module):
         """(batch, seqlen, embed_dim) or packed (total, embed_dim) -> the same.
 
         `tables` turn queries and keys; `sequences` are key_mask, seqused, cu_seqlens of the
-        operator.
+        operator, and sequence_groups and shards of the one over ranks.
         """
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_dim))
@@ -127,7 +128,10 @@ class SelfAttention(nn.Module):
             "layout": "shd" if x.dim() == 2 else "bshd",
             "dropout_p": self.dropout if self.training else 0.0,
         }
-        out: Tensor = dilated_attention(
+        attention: Any = dilated_attention
+        if "sequence_groups" in sequences:
+            from dilated.distributed import dilated_attention as attention
+        out: Tensor = attention(
             query,
             key,
             value,
@@ -268,6 +272,8 @@ class EncoderLayer(nn.Module):
         key_mask: Tensor | None = None,
         seqused: Lengths | None = None,
         cu_seqlens: Lengths | None = None,
+        sequence_groups: SequenceGroups | None = None,
+        shards: Sequence[int] | None = None,
     ) -> Tensor:
         """One layer.
 
@@ -277,15 +283,24 @@ class EncoderLayer(nn.Module):
             key_mask: bool (batch, seqlen), packed (total,), True = the position may be attended to.
             seqused: the length of every sequence.
             cu_seqlens: starts of packed sequences and their end, 0, ..., total.
+            sequence_groups: the ranks that hold the sequence, of which x has this rank's
+                rows.
+            shards: rows of every rank.
 
         Returns:
             Shape and dtype of x. Rows at or beyond seqused mean nothing.
 
         Raises:
             InvalidProblem: a shape or a dtype does not fit another one.
+            Unsupported: drop_path in training over ranks, which would have to leave out the same
+                sequences.
         """
         require_parameter_dtype("x", x, self.final_layer_norm.weight, type(self).__name__)
-        given = {"key_mask": key_mask, "seqused": seqused, "cu_seqlens": cu_seqlens}
+        if sequence_groups is not None and self.training and self.drop_path.p > 0.0:
+            op = type(self).__name__
+            raise Unsupported(message("drop_path", "0 over ranks", str(self.drop_path.p), op=op))
+        given = {"key_mask": key_mask, "seqused": seqused, "cu_seqlens": cu_seqlens,
+                 "sequence_groups": sequence_groups, "shards": shards}  # fmt: skip
         sequences = {name: value for name, value in given.items() if value is not None}
         attended = self.self_attn(self.self_attn_layer_norm(x), tables, sequences)
         x = x + self.drop_path(self.dropout(attended), cu_seqlens)

@@ -9,7 +9,7 @@ Parameter names are torchscale's, so that its weights load with `load_state_dict
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dilated._inputs import require_parameter_dtype
-from dilated.errors import InvalidProblem, message
+from dilated.errors import InvalidProblem, Unsupported, message
 from dilated.models.layers import EncoderLayer, check_layer
-from dilated.models.sequences import rows_of
+from dilated.models.sequences import Rows, rows_of
 from dilated.models.xpos import XposTables, xpos_tables
 
 if TYPE_CHECKING:
     from dilated._options import Lengths
+    from dilated.distributed import SequenceGroups
 
 
 class LongNet(nn.Module):
@@ -147,6 +148,8 @@ class LongNet(nn.Module):
         key_mask: Tensor | None = None,
         seqused: Lengths | None = None,
         cu_seqlens: Lengths | None = None,
+        sequence_groups: SequenceGroups | None = None,
+        shards: Sequence[int] | None = None,
         watch: Callable[[Tensor], Any] | None = None,
     ) -> Tensor:
         """All layers and the norm behind them.
@@ -157,6 +160,9 @@ class LongNet(nn.Module):
             seqused: the length of every sequence; rows at or beyond it are padding, whatever they
                 hold, and their results mean nothing.
             cu_seqlens: starts of packed sequences and their end, 0, ..., total; positions restart.
+            sequence_groups: the ranks that hold the sequence, of which x has this rank's rows: its
+                positions are those of the whole. Without cu_seqlens and key_mask.
+            shards: rows of every rank; goes with sequence_groups.
             watch: called with every hidden state: what enters the first layer, and what leaves each
                 layer, before the last norm. None of them is kept.
 
@@ -187,7 +193,9 @@ class LongNet(nn.Module):
             "seqused": seqused,
             "cu_seqlens": cu_seqlens,
         }
-        rows = rows_of(op, x.shape[:-1], x.device, seqused, cu_seqlens)
+        if sequence_groups is not None:
+            sequences |= {"sequence_groups": sequence_groups, "shards": shards}
+        rows = _rows(op, x.shape[:-1], x.device, sequences)
         if seqused is not None and rows.length is not None:
             x = x.masked_fill((rows.position >= rows.length)[..., None], 0.0)
         x = self.dropout(x)
@@ -288,6 +296,8 @@ class LongNetLM(LongNet):
         key_mask: Tensor | None = None,
         seqused: Lengths | None = None,
         cu_seqlens: Lengths | None = None,
+        sequence_groups: SequenceGroups | None = None,
+        shards: Sequence[int] | None = None,
     ) -> Tensor:
         """What the output projection reads, (*tokens.shape, embed_dim); arguments of `forward`."""
         shape = "(batch, seqlen)" if cu_seqlens is None else "(total,) with cu_seqlens"
@@ -295,7 +305,10 @@ class LongNetLM(LongNet):
             got = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
             raise InvalidProblem(message("tokens", f"integers {shape}", got, op="LongNetLM"))
         if seqused is not None:  # padding may be any number
-            rows = rows_of("LongNetLM", tokens.shape, tokens.device, seqused, cu_seqlens)
+            given: dict[str, Any] = {"seqused": seqused, "cu_seqlens": cu_seqlens}
+            if sequence_groups is not None:
+                given |= {"sequence_groups": sequence_groups, "shards": shards}
+            rows = _rows("LongNetLM", tokens.shape, tokens.device, given)
             assert rows.length is not None
             tokens = tokens.masked_fill(rows.position >= rows.length, 0)
         return super().forward(
@@ -303,6 +316,8 @@ class LongNetLM(LongNet):
             key_mask=key_mask,
             seqused=seqused,
             cu_seqlens=cu_seqlens,
+            sequence_groups=sequence_groups,
+            shards=shards,
         )
 
     def forward(  # type: ignore[override]  # tokens, not embeddings
@@ -312,6 +327,8 @@ class LongNetLM(LongNet):
         key_mask: Tensor | None = None,
         seqused: Lengths | None = None,
         cu_seqlens: Lengths | None = None,
+        sequence_groups: SequenceGroups | None = None,
+        shards: Sequence[int] | None = None,
     ) -> Tensor:
         """Logits of the token after each position.
 
@@ -321,6 +338,8 @@ class LongNetLM(LongNet):
             seqused: the length of every sequence; tokens at or beyond it are padding, whatever they
                 are, and their logits mean nothing.
             cu_seqlens: starts of packed sequences and their end, 0, ..., total; positions restart.
+            sequence_groups: as `LongNet`; tokens are this rank's.
+            shards: rows of every rank.
 
         Returns:
             (*tokens.shape, vocab_size).
@@ -335,8 +354,30 @@ class LongNetLM(LongNet):
             >>> model(torch.zeros(30, dtype=torch.int64), cu_seqlens=[0, 10, 30]).shape
             torch.Size([30, 256])
         """
-        features = self.features(tokens, key_mask=key_mask, seqused=seqused, cu_seqlens=cu_seqlens)
+        features = self.features(
+            tokens,
+            key_mask=key_mask,
+            seqused=seqused,
+            cu_seqlens=cu_seqlens,
+            sequence_groups=sequence_groups,
+            shards=shards,
+        )
         return cast(Tensor, self.output_projection(features))
+
+
+def _rows(op: str, shape: torch.Size, device: torch.device, sequences: Mapping[str, Any]) -> Rows:
+    """The rows of a call, of one process or of this rank."""
+    groups: SequenceGroups | None = sequences.get("sequence_groups")
+    rows = rows_of(op, shape, device, sequences["seqused"], sequences["cu_seqlens"])
+    if groups is None:
+        return rows
+    if sequences["cu_seqlens"] is not None:
+        raise Unsupported(message("cu_seqlens", "none over ranks", "a pack", op=op))
+    shards = sequences["shards"]
+    if shards is None:
+        hint = "positions are those of the whole sequence"
+        raise InvalidProblem(message("shards", "the rows of every rank", "none", hint, op=op))
+    return rows._replace(longest=sum(shards), position=groups.positions(shards).to(device))
 
 
 def _projection_dtype(x: Tensor) -> torch.dtype:

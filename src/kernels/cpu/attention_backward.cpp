@@ -283,7 +283,12 @@ class BackwardSegment {
     if (problem_.dropout_p > 0.0 || apart) {
       multiply(dout_rows, rows, head_dim_, scratch_.value_columns, kTileLanes, keys,
                Store{dscore, kTileLanes});
-      score_gradient(first, rows, keys, delta);
+      const Dropout dropout = dropout_of(problem_, tensors_.masks, sequence_index_, head_, branch_);
+      score_gradient(dscore, probability, delta, rows, keys, [&](std::int64_t i, std::size_t k) {
+        return problem_.dropout_p > 0.0
+                   ? static_cast<float>(dropout(position(first + i), position(scratch_.key_row[k])))
+                   : 1.0f;
+      });
     } else {
       multiply(dout_rows, rows, head_dim_, scratch_.value_columns, kTileLanes, keys,
                StoreScoreGradient{dscore, probability, delta});
@@ -382,25 +387,6 @@ class BackwardSegment {
           add_row(key_row(k), scratch_.dscore[i * kTileLanes + k], head_dim_,
                   dquery_row(slot + static_cast<std::int64_t>(i)));
         }
-      }
-    }
-  }
-
-  /// dS = P (keep (g.v) - delta), then P := keep P; `dscore` holds g.v on entry. keep is 1 without
-  /// dropout.
-  void score_gradient(std::int64_t first, std::size_t rows, std::size_t keys,
-                      const float* delta) const {
-    const bool drops = problem_.dropout_p > 0.0;
-    const Dropout dropout = dropout_of(problem_, tensors_.masks, sequence_index_, head_, branch_);
-    for (std::size_t i = 0; i < rows; ++i) {
-      const std::int64_t query = position(first + static_cast<std::int64_t>(i));
-      for (std::size_t k = 0; k < keys; ++k) {
-        const float keep =
-            drops ? static_cast<float>(dropout(query, position(scratch_.key_row[k]))) : 1.0f;
-        float& p = scratch_.probability[i * kTileLanes + k];
-        float& ds = scratch_.dscore[i * kTileLanes + k];
-        ds = p * (keep * ds - delta[i]);
-        p *= keep;
       }
     }
   }

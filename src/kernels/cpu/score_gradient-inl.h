@@ -87,6 +87,22 @@ HWY_INLINE void hide_later_keys(float* tile, const std::int64_t* key_row, std::i
   }
 }
 
+/// dS = P (keep (g.v) - delta_row), then P := keep P; `dscore` holds g.v on entry. keep(row, key)
+/// is the factor of dropout, 1 without it.
+template <typename Keep>
+HWY_INLINE void score_gradient(float* dscore, float* probability, const float* delta,
+                               std::size_t rows, std::size_t keys, const Keep& keep) {
+  for (std::size_t i = 0; i < rows; ++i) {
+    for (std::size_t k = 0; k < keys; ++k) {
+      float& p = probability[i * kTileLanes + k];
+      float& ds = dscore[i * kTileLanes + k];
+      const float factor = keep(static_cast<std::int64_t>(i), k);
+      ds = p * (factor * ds - delta[i]);
+      p *= factor;
+    }
+  }
+}
+
 }  // namespace dilated::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
