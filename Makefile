@@ -140,12 +140,13 @@ format: $(TEST_PACKAGE) ## Rewrite sources in the project's format
 audit: $(PACKAGE) ## Show that the operator library fits every Python and PyTorch
 	.venv/bin/python tools/audit_abi.py .venv/lib/python3*/site-packages/dilated/libdilated_torch.so
 
-wheel: $(ENVIRONMENT) ## A wheel that travels (Highway inside), in dist/
-	rm -f dist/dilated-*.whl && rm -rf build/wheel
+wheel: $(ENVIRONMENT) ## A wheel that travels (Highway inside), and that of compat/, in dist/
+	rm -f dist/dilated*.whl && rm -rf build/wheel
 	.venv/bin/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps -w dist \
 	  --config-settings=build-dir=build/wheel --config-settings=cmake.define.DILATED_STATIC_HIGHWAY=ON .
+	.venv/bin/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps -w dist ./compat
 	.venv/bin/python tools/audit_abi.py --static build/wheel/bindings/torch/libdilated_torch.so
-	ls -l dist/dilated-*.whl
+	ls -l dist/dilated*.whl
 
 # --- environment ------------------------------------------------------------------------------------------------
 .PHONY: setup setup-tests clean

@@ -36,4 +36,4 @@ has_torch || { echo "test-oldest-torch: torch $version is installed and cannot b
 
 tests=()
 for name in operators modules gradients; do tests+=("python/tests/test_$name.py"); done
-PYTHONPATH=$PWD/python DILATED_LIBRARY=$library "$python" -m pytest "$@" "${tests[@]}"
+PYTHONPATH=$PWD/python:$PWD/compat DILATED_LIBRARY=$library "$python" -m pytest "$@" "${tests[@]}"

@@ -51,10 +51,11 @@ class Settings:
 
 @dataclass
 class Trained:
-    """A model and the number of steps it made at each length."""
+    """A model, the steps it made at each length, and those at all of them."""
 
     model: LongNetLM
     steps: dict[int, int]
+    last_steps: int
     seconds: float
 
 
@@ -106,7 +107,7 @@ def train(
         length = lengths[-1 - step % len(lengths)]
         running += (1 - _SMOOTHING) * (run.step(length, 1 - step / settings.last_steps) - running)
         show(length, running)
-    return Trained(run.model, steps, time.perf_counter() - begin)
+    return Trained(run.model, steps, settings.last_steps, time.perf_counter() - begin)
 
 
 class _Run:

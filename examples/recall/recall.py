@@ -34,7 +34,7 @@ from spans import NUM_VALUES, Recall
 
 RUNS = Recall(run=DILATED.dilations[-1])
 SINGLES = Recall(run=1)
-_LENGTHS = tuple(64 * 2**i for i in range(5))
+LENGTHS = tuple(64 * 2**i for i in range(5))
 _COLOURS = ("#0b6e99", "#c44e52", "#8a8a8a")
 
 
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--out", type=Path, default=Path("recall.png"), help="picture (default: recall.png)")
     add("--longest", type=integer, default=LONGEST, help=f"length to reach (default: {LONGEST})")
-    add("--most-steps", type=integer, default=2000, help="at one length (default: 2000)")
+    add("--most-steps", type=integer, default=2000, help="at one length, or at all (default: 2000)")
     add("--answers", type=integer, default=2000, help="to judge by, at each length")
     add("--threads", type=integer, default=1, help="CPU threads (default: 1)")
     add("--seed", type=int, default=0, help="of weights and sequences (default: 0)")
@@ -62,9 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _recall(options: Namespace) -> int:
-    lengths = tuple(n for n in _LENGTHS if n <= options.longest)
+    lengths = tuple(n for n in LENGTHS if n <= options.longest)
     if not lengths or options.longest > LONGEST:
-        raise Refused(f"--longest: expected {_LENGTHS[0]} to {LONGEST}, got {options.longest}")
+        raise Refused(f"--longest: expected {LENGTHS[0]} to {LONGEST}, got {options.longest}")
     if options.out.suffix not in (".png", ".svg"):
         raise Refused(f"--out: expected a name ending in .png or .svg, got {options.out}")
     if not options.out.parent.is_dir():
@@ -76,7 +76,7 @@ def _recall(options: Namespace) -> int:
     torch.set_num_threads(options.threads)
     rows = compare(
         lengths,
-        Settings(seed=options.seed),
+        Settings(seed=options.seed, last_steps=min(Settings.last_steps, options.most_steps)),
         most_steps=options.most_steps,
         answers=options.answers,
     )
@@ -139,7 +139,7 @@ def table(rows: list[Row]) -> str:
         [
             *lines,
             f"Chance is {1 / NUM_VALUES:.3f}. Steps of every model: {steps}, then "
-            f"{Settings.last_steps} at all.",
+            f"{rows[0].trained.last_steps} at all.",
             f"The far branch (dilation {dilation}) shows a head one position in {dilation}: always "
             f"one of a run of {dilation};",
             "a single token is seen directly only by questions of its own residue class.",
@@ -164,7 +164,7 @@ def recall_figure(rows: list[Row]) -> Figure:
     axes.set_xticks(lengths, [str(n) for n in lengths])
     axes.set(xlabel="sequence length (tokens)", ylabel="share of right answers", ylim=(0, 1.05))
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 0.08))
+    axes.legend(frameon=False, fontsize=9, loc="center right", bbox_to_anchor=(1, 0.6))
     return figure
 
 

@@ -17,24 +17,28 @@ def refuse(
     raise Unsupported(message(argument, expected, str(got), hint, op=op))
 
 
-def _require(holds: Tensor, argument: str, expected: str, got: str, hint: str) -> None:
+def _require(
+    holds: Tensor, argument: str, expected: str, got: str, hint: str, op: str = "dilated_attention"
+) -> None:
     """Raise Unsupported unless all of `holds` is true: now, or where a compiled graph runs."""
-    text = message(argument, expected, got, hint)
+    text = message(argument, expected, got, hint, op=op)
     if torch.compiler.is_compiling():
         torch._assert_async(holds.all(), text)
     elif not holds.is_meta and not bool(holds.all()):
         raise Unsupported(text)
 
 
-def key_mask_of(padding: Tensor) -> Tensor:
+def key_mask_of(padding: Tensor, op: str = "dilated_attention") -> Tensor:
     """True = key takes part, from key_padding_mask: True, or -inf, = key is ignored."""
     if padding.dtype == torch.bool:
         return ~padding
     if not padding.is_floating_point():
-        refuse("key_padding_mask", "bool or float", padding.dtype, "True or -inf: key is ignored")
+        hint = "True or -inf: key is ignored"
+        refuse("key_padding_mask", "bool or float", padding.dtype, hint, op)
     _require(
         (padding == 0) | (padding == -torch.inf),
         "key_padding_mask", "0 and -inf", "other numbers", "biases of scores are not supported",
+        op,
     )  # fmt: skip
     return padding == 0
 

@@ -12,6 +12,7 @@ from torchscale_restated import arguments
 import dilated
 from dilated import models
 from dilated.compat import torchscale
+from dilated_attention_pytorch import create_multihead_dilated_attention
 
 LISTS: dict[str, Any] = {"segments": [8, 32], "dilations": [1, 4]}
 
@@ -47,6 +48,9 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "LongNetLM": lambda: models.LongNetLM(31, 32, 2, 4, **LISTS, ffn_dim=48, dropout=0.1),
     "torchscale": lambda: torchscale.DilatedAttention(
         arguments(xpos_rel_pos=True), 32, 4, dropout=0.1, self_attention=True, subln=True
+    ),
+    "dilated_attention_pytorch": lambda: create_multihead_dilated_attention(
+        "auto", 32, 4, segment_lengths=[5, 20], dilation_rates=[1, 4]
     ),
     "SlideEncoder": lambda: models.SlideEncoder(12, 32, 2, 4, **LISTS, slide_ngrids=40),
 }

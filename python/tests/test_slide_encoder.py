@@ -342,6 +342,12 @@ INSIDE = torch.zeros(1, 3, 2, dtype=torch.int64)
          "pixels)"),
         (lambda: make_encoder()(torch.zeros(1, 3, 12), [[0, 0]] * 3),  # type: ignore[arg-type]
          "coords: expected a tensor, got list"),
+        (lambda: make_encoder(is_causal=True),
+         "is_causal: expected no such option, got True (tiles have places, not an order, and the "
+         "class token comes first)"),
+        (lambda: make_encoder(xpos_scale_base=512),
+         "xpos_scale_base: expected no such option, got 512 (tiles have places, not an order, and "
+         "the class token comes first)"),
         (lambda: make_encoder()(torch.zeros(1, 3, 12).double(), INSIDE),
          "x: expected torch.float32, as the parameters, got torch.float64"),
     ],

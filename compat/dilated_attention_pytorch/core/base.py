@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import dilated
+from dilated._inputs import require_parameter_dtype
+from dilated._torch_masks import key_mask_of
 from dilated.errors import Unsupported, message
 
 from ..options_without_effect import warn_if_given
@@ -215,7 +216,7 @@ class BaseMultiheadDilatedAttention(nn.Module, ValidationMixin):
             (output, None), output like query.
 
         Raises:
-            InvalidProblem: a shape breaks a rule.
+            InvalidProblem: a shape breaks a rule, or the dtype is not the parameters'.
             Unsupported: an attn_mask, or a padding mask with other numbers.
         """
         if attn_mask is not None:
@@ -226,17 +227,22 @@ class BaseMultiheadDilatedAttention(nn.Module, ValidationMixin):
         key = query if key is None else key
         value = query if value is None else value
         for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(tensor, Tensor):
+                raise invalid(name, "a tensor", type(tensor).__name__)
             shape = tuple(tensor.shape)
             if tensor.dim() != 3:
                 raise invalid(name, "(batch, n, embed_dim)", f"shape {shape}",
                               "Expected 3D tensors")  # fmt: skip
             if shape[2] != self.embed_dim:
                 raise invalid(name, f"embedding dimension {self.embed_dim}", shape[2])
+            require_parameter_dtype(name, tensor, self.out_proj.weight, type(self).__name__)
         heads = [
             projected.unflatten(-1, (self.num_heads, self.head_dim))
             for projected in self._project(query, key, value)
         ]
-        key_mask = None if key_padding_mask is None else _key_mask(key_padding_mask)
+        key_mask = None
+        if key_padding_mask is not None:
+            key_mask = key_mask_of(key_padding_mask, type(self).__name__)
         out = self.attention(*heads, is_causal=is_causal, key_mask=key_mask).flatten(-2)
         if self.q_ln is not None:
             out = self.q_ln(out)
@@ -293,17 +299,3 @@ def initialise(projection: nn.Linear, gain: float = 1.0) -> None:
     nn.init.xavier_normal_(projection.weight, gain)
     if projection.bias is not None:
         nn.init.zeros_(projection.bias)
-
-
-def _key_mask(padding: Tensor) -> Tensor:
-    """True = the key takes part."""
-    if padding.dtype == torch.bool:
-        return ~padding
-    seen = padding == 0
-    if not padding.is_floating_point() or not bool((seen | (padding == -torch.inf)).all()):
-        hint = "True, or -inf, = the key is ignored; biases of scores are not supported"
-        got = f"{padding.dtype} with other numbers"
-        expected = "bool, or 0 and -inf"
-        raise Unsupported(message("key_padding_mask", expected, got, hint,
-                                  "MultiheadDilatedAttention"))  # fmt: skip
-    return seen

@@ -57,7 +57,9 @@ class ValidationMixin:
 
     @staticmethod
     def validate_tensor_shape(tensor: Tensor, expected_dims: int, name: str) -> None:
-        """The tensor has `expected_dims` dimensions."""
+        """It is a tensor of `expected_dims` dimensions."""
+        if not isinstance(tensor, Tensor):
+            raise invalid(name, f"{expected_dims}D tensor", type(tensor).__name__)
         if tensor.dim() != expected_dims:
             raise invalid(name, f"{expected_dims}D tensor", f"shape {tuple(tensor.shape)}")
 

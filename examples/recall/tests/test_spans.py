@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recall import SINGLES
 from spans import NUM_KEYS, NUM_VALUES, VOCABULARY, Recall
 
 
@@ -51,7 +52,7 @@ def test_every_question_has_its_answer(pairs: int, run: int, extra: int, seed: i
 
 def test_pairs_lie_anywhere() -> None:
     """Every residue class of a dilation of 4 is asked and stored about equally often."""
-    batch = Recall(2, 1).sample(4000, 64, torch.Generator().manual_seed(0))
+    batch = SINGLES.sample(4000, 1024, torch.Generator().manual_seed(0))
     for places in (batch.asked, batch.stored):
         counts = torch.bincount(places.flatten() % 4, minlength=4)
         assert counts.min() > 0.9 * counts.sum() / 4

@@ -1,6 +1,8 @@
 """One sequence over many ranks: exact dilated attention on contiguous shards.
 
-out = dilated.distributed.dilated_attention(q, k, v, groups=groups, segments=[...], dilations=[...])
+out = dilated.distributed.dilated_attention(
+    q, k, v, sequence_groups=dilated.distributed.SequenceGroups(), segments=[...], dilations=[...]
+)
 """
 
 from ..errors import DistributedAttentionError

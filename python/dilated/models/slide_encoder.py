@@ -128,7 +128,8 @@ class SlideEncoder(nn.Module):
         drop_path_rate: as `drop_path` of `LongNet`.
         attention_dropout: on attention probabilities, in training.
         activation_checkpointing: recompute each layer in backward (`torch.utils.checkpoint`).
-        **attention_options: options of `LongNet`, row_shift among them. preset is "torchscale".
+        **attention_options: options of `LongNet`, row_shift among them, but not is_causal and
+            xpos_scale_base. preset is "torchscale".
 
     Raises:
         InvalidProblem: a size does not fit another one, or an option is unknown or breaks a rule.
@@ -176,6 +177,10 @@ class SlideEncoder(nn.Module):
             raise InvalidProblem(
                 message("embed_dim", "a multiple of 4", str(embed_dim), hint, op=_OP)
             )
+        for name in {"is_causal", "xpos_scale_base"} & attention_options.keys():
+            hint = "tiles have places, not an order, and the class token comes first"
+            got = str(attention_options[name])
+            raise InvalidProblem(message(name, "no such option", got, hint, op=_OP))
         self.in_chans, self.embed_dim = in_chans, embed_dim
         self.slide_ngrids, self.tile_size = slide_ngrids, tile_size
         self.global_pool = global_pool
