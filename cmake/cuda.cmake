@@ -3,9 +3,12 @@ if(NOT DILATED_CUDA)
   return()
 endif()
 
-# 8.0 serves 8.6 and 8.9 too, the PTX of 9.0 whatever is newer.
-set(DILATED_CUDA_ARCHITECTURES 80-real 90 CACHE STRING "CUDA architectures, as CMAKE_CUDA_ARCHITECTURES names them")
-set(CMAKE_CUDA_ARCHITECTURES ${DILATED_CUDA_ARCHITECTURES})
+# 8.0 serves 8.6 and 8.9 too, the PTX of 9.0 whatever is newer. 90a is for kernels of its own; the others have
+# nothing of it and are compiled for 90.
+set(DILATED_CUDA_ARCHITECTURES 80-real 90a-real 90-virtual
+    CACHE STRING "CUDA architectures, as CMAKE_CUDA_ARCHITECTURES names them")
+list(TRANSFORM DILATED_CUDA_ARCHITECTURES REPLACE "90a" "90" OUTPUT_VARIABLE CMAKE_CUDA_ARCHITECTURES)
+list(REMOVE_DUPLICATES CMAKE_CUDA_ARCHITECTURES)
 if(DILATED_CCACHE AND PROJECT_IS_TOP_LEVEL AND NOT DEFINED CMAKE_CUDA_COMPILER_LAUNCHER)
   set(CMAKE_CUDA_COMPILER_LAUNCHER ${DILATED_CCACHE})
 endif()

@@ -41,6 +41,12 @@ constexpr MergedSums<Real> merge_sums(const ScaledSum<Real>& a, const ScaledSum<
   return {{top, sum}, first / sum, second / sum};
 }
 
+/// a, b: values of the two, in one rounding order for all kernels.
+template <typename Real>
+constexpr Real merged_value(const MergedSums<Real>& merged, Real a, Real b) {
+  return std::fma(merged.second, b, merged.first * a);
+}
+
 /// Weights of two partial results and the log-sum-exp of both together.
 template <typename Real>
 struct MergeWeights {

@@ -90,6 +90,18 @@ TEST(CudaDecision, TilesHoldEveryRowOnce) {
             every_row_once(plan, false)) {
           return "key rows";
         }
+        Problem hopper = drawn.problem;
+        hopper.dtype = DType::kBFloat16;
+        hopper.head_dim = 64;
+        hopper.alignment = 16;
+        const Plan hopper_plan = make_plan(hopper, "cpu");
+        const CudaDecision forward(hopper_plan, {.capability = 90});
+        if (forward.not_sm90.empty() &&
+            count_rows(hopper_plan, table<TileGroup>(forward, forward.at.forward_groups, groups),
+                       forward.forward_tiles.back(), forward_rows(64),
+                       true) != every_row_once(hopper_plan, true)) {
+          return "query rows of the Hopper forward";
+        }
         const auto rows =
             table<TileGroup>(decision, decision.at.row_groups, plan.sequences().size());
         std::int64_t tiles = 0;
@@ -121,6 +133,60 @@ TEST(CudaDecision, TablesAreThoseOfThePlan) {
   }
   const auto sequences = table<Sequence>(decision, decision.at.sequences, 1);
   EXPECT_EQ(sequences[0].length, 300);
+}
+
+/// A problem that the Hopper forward takes; cases change one thing.
+Problem hopper_problem() {
+  Problem problem = testing::paper_problem(1000, 4, 64, {{512, 4}, {256, 1}});
+  problem.dtype = DType::kBFloat16;
+  problem.alignment = 16;
+  return problem;
+}
+constexpr Target kHopper = {.capability = 90, .has_sm90_forward = true};
+
+TEST(CudaDecision, HopperForwardOrTheReasonAgainstIt) {
+  const auto reason = [](const auto& change, const Target& target) {
+    Problem problem = hopper_problem();
+    change(problem);
+    const CudaDecision decision(make_plan(problem, "cpu"), target);
+    const bool says =
+        decision.to_string().find("sm_80 (" + decision.not_sm90 + ")") != std::string::npos;
+    EXPECT_NE(decision.not_sm90.empty(), says) << decision.to_string();
+    return decision.not_sm90;
+  };
+  const auto nothing = [](Problem&) {};
+  EXPECT_EQ(reason(nothing, kHopper), "");
+  EXPECT_EQ(reason([](Problem& p) { p.dtype = DType::kFloat16; }, kHopper), "");
+  EXPECT_EQ(reason([](Problem& p) { p.head_dim = 128; }, kHopper), "");
+  EXPECT_EQ(reason([](Problem& p) { p.cu_seqlens = {0, 300, 300, 1000}; }, kHopper), "");
+  EXPECT_EQ(reason([](Problem& p) { p.windows = {{{10, 90}, {0, 200}}}; }, kHopper), "");
+  EXPECT_EQ(reason([](Problem& p) { p.has_seqused = true; }, kHopper), "");
+  EXPECT_EQ(reason(nothing, {.capability = 80}), "compute capability 8.0");
+  EXPECT_EQ(reason(nothing, {.capability = 90, .has_sm90_forward = false}), "not compiled for 90a");
+  EXPECT_EQ(reason([](Problem& p) { p.dtype = DType::kFloat32; }, kHopper), "dtype float32");
+  EXPECT_EQ(reason([](Problem& p) { p.head_dim = 96; }, kHopper), "head_dim 96");
+  EXPECT_EQ(reason([](Problem& p) { p.alignment = 8; }, kHopper), "alignment of 8 bytes");
+  EXPECT_EQ(reason([](Problem& p) { p.has_key_mask = true; }, kHopper), "key mask");
+  EXPECT_EQ(reason([](Problem& p) { p.dropout_p = 0.1; }, kHopper), "dropout");
+  EXPECT_EQ(reason([](Problem& p) { p.tail = Tail::kPhantom; }, kHopper), "phantom keys");
+  EXPECT_EQ(reason([](Problem& p) { p.branches.resize(9, p.branches[0]); }, kHopper), "9 branches");
+}
+
+/// The kernel of a dense branch merges the others if it is the first of the merge.
+TEST(CudaDecision, DenseBranchMerges) {
+  const auto merges = [](const auto& change) {
+    Problem problem = hopper_problem();
+    change(problem);
+    return CudaDecision(make_plan(problem, "cpu"), kHopper).merges_in_dense;
+  };
+  EXPECT_TRUE(merges([](Problem&) {}));
+  EXPECT_TRUE(merges([](Problem& p) { p.cu_seqlens = {0, 300, 1000}; }));
+  EXPECT_FALSE(merges([](Problem& p) { p.branches[1].segment = 600; }));  // not the first
+  EXPECT_FALSE(merges([](Problem& p) { p.branches[1].offsets[2] = -1; }));
+  EXPECT_FALSE(merges([](Problem& p) { p.merge = Merge::kMean; }));
+  EXPECT_FALSE(merges([](Problem& p) { p.lse_grad = false; }));
+  EXPECT_FALSE(merges([](Problem& p) { p.windows = {{{10, 90}, {0, 200}}}; }));
+  EXPECT_FALSE(merges([](Problem& p) { p.has_seqused = true; }));
 }
 
 /// Four tiles of rows, 16 bytes further apart than they are long, and what one passing row needs.

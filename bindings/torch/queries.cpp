@@ -170,7 +170,13 @@ struct Question {
   Question(const Ints& packed_shapes, std::optional<double> scale, std::optional<double> out_scale,
            double dropout_p, const Ints& packed)
       : options(unpack(scale, out_scale, dropout_p, packed)),
-        problem(make_problem(options.core, unpack_shapes(packed_shapes))) {}
+        problem(make_problem(options.core, unpack_shapes(packed_shapes))) {
+    if (problem.device.kind ==
+        Device::kCuda) {  // whose kernels differ: tensors as torch makes them
+      const std::int64_t bits = 64 | (problem.head_dim * size_of(problem.dtype));
+      problem.alignment = bits & -bits;
+    }
+  }
 
   Plan plan() const { return make_plan(problem, options.backend); }
 

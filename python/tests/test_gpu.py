@@ -444,6 +444,20 @@ def test_streams_graphs_and_compile() -> None:
         assert torch.equal(compiled(q, k, v), 2 * want)
 
 
+def test_plan_says_which_kernel_runs() -> None:
+    """Tests of head_dim 64 and 128 above run the kernel of Hopper on a Hopper card."""
+    is_hopper = torch.cuda.get_device_capability() == (9, 0)
+    for more, reason in (({}, ""), ({"head_dim": 96}, "head_dim 96"),
+                         ({"has_key_mask": True}, "key mask"), ({"dropout_p": 0.1}, "dropout"),
+                         ({"dtype": torch.float32}, "dtype float32")):  # fmt: skip
+        call = {"device": DEVICE, "dtype": torch.bfloat16, "head_dim": 64, **more}
+        text = str(dilated.plan(500, 4, segments=[64, 500], dilations=[1, 3], **call))
+        kernel = "sm_80 (compute capability"
+        if is_hopper:
+            kernel = f"sm_80 ({reason})" if reason else "sm_90a, tiles 192 x 128"
+        assert f"forward       {kernel}" in text
+
+
 def test_explain_names_the_back_end() -> None:
     plan = dilated.plan(37, 6, **LISTS, device="cuda", dtype=torch.bfloat16)
     assert "cuda      runs this" in plan.explain()

@@ -1,6 +1,7 @@
 // Forward: what every branch contributes (attention_forward_sm80.cuh), then their merge (semantics
 // §4 and §5) into out and lse, each of whose rows is written once.
 #include "src/kernels/cuda/attention_forward_sm80.cuh"
+#include "src/kernels/cuda/attention_forward_sm90.h"
 
 namespace dilated::gpu {
 namespace {
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kMergeThreads)
       const float* const from = saved.row(place.saved_row) + column;
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
-        out[c] = older * out[c] + newer * from[c];
+        out[c] = fmaf(newer, from[c], older * out[c]);
       }
     }
     float factor = call.out_scale;
@@ -135,6 +136,18 @@ __global__ void clear_saved_rows(const __grid_constant__ ClearArguments argument
   }
 }
 
+void run_sm80(const ForwardArguments& arguments, const CudaDecision& decision,
+              cudaStream_t stream) {
+  switch (arguments.query.dtype) {
+    case DType::kBFloat16:
+      return branches_forward<__nv_bfloat16>(arguments, decision, stream);
+    case DType::kFloat16:
+      return branches_forward<__half>(arguments, decision, stream);
+    default:
+      return branches_forward<float>(arguments, decision, stream);
+  }
+}
+
 }  // namespace
 
 void attention_forward(const Plan& plan, const ForwardTensors& tensors, const Context& context) {
@@ -142,7 +155,8 @@ void attention_forward(const Plan& plan, const ForwardTensors& tensors, const Co
   const auto& decision = static_cast<const CudaDecision&>(plan.decision());
   const cudaStream_t stream = stream_of(context);
   const DeviceGuard guard(problem.device.index);
-  std::byte* const scratch = context.workspace.data() + decision.table_bytes;
+  std::byte* const tickets = context.workspace.data() + decision.table_bytes;
+  std::byte* const scratch = tickets + decision.tickets;
 
   ForwardArguments arguments{.call = begin_call(plan, tensors.masks, context),
                              .query = tensors.query,
@@ -162,15 +176,18 @@ void attention_forward(const Plan& plan, const ForwardTensors& tensors, const Co
                             {problem.batch, problem.num_heads, plan.branch_rows(), row},
                             {problem.num_heads * head, head, row, 1}};
   }
-  switch (problem.dtype) {
-    case DType::kBFloat16:
-      branches_forward<__nv_bfloat16>(arguments, decision, stream);
-      break;
-    case DType::kFloat16:
-      branches_forward<__half>(arguments, decision, stream);
-      break;
-    default:
-      branches_forward<float>(arguments, decision, stream);
+  if (decision.not_sm90.empty()) {
+    sm90::branches_forward({.call = arguments.call,
+                            .tensors = &tensors,
+                            .branch_out = arguments.branch_out,
+                            .branch_sums = arguments.branch_sums,
+                            .tickets = reinterpret_cast<int*>(tickets)},
+                           plan, stream);
+    if (decision.merges_in_dense) {
+      return;
+    }
+  } else {
+    run_sm80(arguments, decision, stream);
   }
 
   const TensorView& saved = arguments.branch_out;

@@ -1,222 +1,35 @@
-// Forward on Hopper (semantics §4). One tile of work is a block of query rows of one (branch,
-// segment, head); its keys pass by in tiles of 128:
-//   S = Q K^T,  P = 2^(factor S - reference),  O = shrink O + P V
-// One warp loads by bulk tensor copies; each other warpgroup owns 64 query rows and overlaps the
-// product S of a tile with the softmax of that before. Two launches: sparse branches write partial
-// results; the dense branch merges them into its own rows and writes O and the log-sum-exp once.
+// Forward on Hopper (semantics §4). One tile of work is a block of query rows of one class of one
+// (branch, sequence, segment, head); its keys pass by in tiles of 128:
+//   S = Q K^T,  P = 2^(factor (S - max)),  O = shrink O + P V
+// One warp looks up what tiles are, one loads by bulk tensor copies; each other warpgroup owns 64
+// query rows and overlaps the product S of a tile with the softmax of that before.
+// A branch writes partial results; or, a dense branch that is the first of the merge and whose rows
+// are all rows, merges those of the others and writes O and the log-sum-exp (kMerges).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
+#include "src/kernels/cuda/attention_forward_sm90.h"
+#include "src/kernels/cuda/device/element.cuh"
+#include "src/kernels/cuda/device/launch.cuh"
 #include "src/kernels/cuda/device/ptx.cuh"
 #include "src/kernels/cuda/device/softmax.cuh"
 #include "src/kernels/cuda/device/wgmma.cuh"
-#include "src/kernels/cuda/tensor_map.cuh"
+#include "src/kernels/cuda/forward_tiles_sm90.cuh"
 #include "src/merge.h"
 
-namespace dilated::gpu {
-
-inline constexpr int kMaxBranches = 8;
-inline constexpr int kMaxOffsets = 1024;  // branches x heads
-inline constexpr int kPanelColumns = 64;  // 128 bytes, what one swizzled row of shared memory holds
-
-/// Where rows of a branch lie in partial results.
-struct BranchRows {
-  int segment;
-  int dilation;
-  int slots;  // rows of a full segment
-  int row_begin;
-};
-
-struct BranchTiles {
-  DilatedMaps query, key, value;
-  BranchRows rows;
-  int segments;    // per sequence
-  int tiles;       // per segment
-  int first_tile;  // among all branches of the launch
-};
-
-struct ForwardArguments {
-  BranchTiles branches[kMaxBranches];
-  int offsets[kMaxOffsets];  // (branches of this launch, heads)
-  BranchRows partials[kMaxBranches];
-  int partial_offsets[kMaxOffsets];
-  int num_branches, num_partials, num_tiles;
-  int length, heads, heads_per_kv_head;
-  float factor;  // |scale| log2(e)
-  float sign;    // of scale
-  std::int64_t partial_rows;
-  float* partial_out;
-  float2* partial_sums;  // reference and sum, base 2
-  void* out;
-  std::int64_t out_batch_stride, out_row_stride, out_head_stride;
-  float* lse;
-  int* ticket;
-};
-
-/// Query rows and stages per head_dim.
-template <int kHeadDim>
-struct ForwardTiles {
-  static constexpr int kWarpgroups = kHeadDim <= 64 ? 3 : 2;
-  static constexpr int kRows = 64 * kWarpgroups;
-  static constexpr int kKeys = 128;
-  static constexpr int kStages = 2;
-  static constexpr int kPanels = kHeadDim / kPanelColumns;
-  static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 24;
-  static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 240;
-};
-
-template <typename Element, int kHeadDim>
-struct alignas(1024) ForwardShared {
-  using Tiles = ForwardTiles<kHeadDim>;
-  Element query[Tiles::kPanels][Tiles::kRows * kPanelColumns];
-  Element key[Tiles::kStages][Tiles::kPanels][Tiles::kKeys * kPanelColumns];
-  Element value[Tiles::kStages][Tiles::kPanels][Tiles::kKeys * kPanelColumns];
-  Barrier query_full, query_empty;
-  Barrier key_full[Tiles::kStages], key_empty[Tiles::kStages];
-  Barrier value_full[Tiles::kStages], value_empty[Tiles::kStages];
-  Barrier tile_full[2], tile_empty[2];
-  int tile[2];
-};
-
-/// Block of query rows of one (branch, batch, segment, head); rows are counted within the class.
-struct QueryTile {
-  int branch, batch, segment, head;
-  int position;  // of row 0 of the class
-  int first_row;
-  int rows;  // of the class in this segment
-
-  __device__ bool empty() const { return first_row >= rows; }
-};
-
-template <bool kCausal, int kRows>
-__device__ inline QueryTile query_tile(const ForwardArguments& arguments, int index) {
-  int branch = 0;
-  while (branch + 1 < arguments.num_branches &&
-         index >= arguments.branches[branch + 1].first_tile) {
-    ++branch;
-  }
-  const BranchTiles& b = arguments.branches[branch];
-  const auto u = static_cast<unsigned>(index - b.first_tile);
-  const unsigned block = u % static_cast<unsigned>(b.tiles);
-  const unsigned v = u / static_cast<unsigned>(b.tiles);
-  QueryTile tile;
-  tile.branch = branch;
-  tile.head = static_cast<int>(v % static_cast<unsigned>(arguments.heads));
-  const unsigned w = v / static_cast<unsigned>(arguments.heads);
-  tile.segment = static_cast<int>(w % static_cast<unsigned>(b.segments));
-  tile.batch = static_cast<int>(w / static_cast<unsigned>(b.segments));
-  // Causal: longest first.
-  tile.first_row =
-      kRows * (kCausal ? b.tiles - 1 - static_cast<int>(block) : static_cast<int>(block));
-  const int offset = arguments.offsets[branch * arguments.heads + tile.head];
-  const int begin = tile.segment * b.rows.segment;
-  const int length = min(b.rows.segment, arguments.length - begin);
-  tile.position = begin + offset;
-  tile.rows = offset >= 0 && length > offset ? (length - offset - 1) / b.rows.dilation + 1 : 0;
-  return tile;
-}
-
-/// Key tiles that the rows of a block see.
-template <bool kCausal, int kRows, int kKeys>
-__device__ inline int key_tiles(const QueryTile& tile) {
-  const int keys = kCausal ? min(tile.rows, tile.first_row + kRows) : tile.rows;
-  return (keys + kKeys - 1) / kKeys;
-}
-
-/// Index and parity of a ring of `kStages` buffers.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  std::uint32_t parity = 0;
-
-  __device__ void step() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-template <typename Element, int kHeadDim, bool kCausal>
-__device__ inline void produce(const ForwardArguments& arguments,
-                               ForwardShared<Element, kHeadDim>& shared) {
-  using Tiles = ForwardTiles<kHeadDim>;
-  constexpr std::uint32_t kQueryBytes = sizeof(shared.query);
-  constexpr std::uint32_t kKeyBytes = sizeof(shared.key[0]);
-  Ring<Tiles::kStages> keys, values;
-  Ring<2> queue;
-  Ring<1> queries;
-  int next = static_cast<int>(blockIdx.x);
-  for (;;) {
-    const int index = next;
-    shared.tile_empty[queue.stage].wait(queue.parity ^ 1);
-    shared.tile[queue.stage] = index;
-    shared.tile_full[queue.stage].arrive();
-    queue.step();
-    if (index >= arguments.num_tiles) {
-      return;
-    }
-    next = static_cast<int>(gridDim.x) + atomicAdd(arguments.ticket, 1);
-    const QueryTile tile = query_tile<kCausal, Tiles::kRows>(arguments, index);
-    if (tile.empty()) {
-      continue;
-    }
-    const BranchTiles& branch = arguments.branches[tile.branch];
-    const int residue = tile.position % branch.rows.dilation;
-    const int row = tile.position / branch.rows.dilation;
-    const int kv_head = tile.head / arguments.heads_per_kv_head;
-    const CUtensorMap& query_map = branch.query.at(residue);
-    const CUtensorMap& key_map = branch.key.at(residue);
-    const CUtensorMap& value_map = branch.value.at(residue);
-    const auto load_key = [&](int n) {
-      shared.key_empty[keys.stage].wait(keys.parity ^ 1);
-      shared.key_full[keys.stage].arrive_and_expect(kKeyBytes);
-#pragma unroll
-      for (int panel = 0; panel < Tiles::kPanels; ++panel) {
-        load_box(shared.key[keys.stage][panel], key_map, kPanelColumns * panel,
-                 row + n * Tiles::kKeys, residue, kv_head, tile.batch, shared.key_full[keys.stage]);
-      }
-      keys.step();
-    };
-    const auto load_value = [&](int n) {
-      shared.value_empty[values.stage].wait(values.parity ^ 1);
-      shared.value_full[values.stage].arrive_and_expect(kKeyBytes);
-#pragma unroll
-      for (int panel = 0; panel < Tiles::kPanels; ++panel) {
-        load_box(shared.value[values.stage][panel], value_map, kPanelColumns * panel,
-                 row + n * Tiles::kKeys, residue, kv_head, tile.batch,
-                 shared.value_full[values.stage]);
-      }
-      values.step();
-    };
-
-    const int count = key_tiles<kCausal, Tiles::kRows, Tiles::kKeys>(tile);
-    load_key(count - 1);
-    shared.query_empty.wait(queries.parity ^ 1);
-    shared.query_full.arrive_and_expect(kQueryBytes);
-#pragma unroll
-    for (int panel = 0; panel < Tiles::kPanels; ++panel) {
-      load_box(shared.query[panel], query_map, kPanelColumns * panel, row + tile.first_row, residue,
-               tile.head, tile.batch, shared.query_full);
-    }
-    queries.step();
-    for (int n = count - 2; n >= 0; --n) {
-      load_key(n);
-      load_value(n + 1);
-    }
-    load_value(0);
-  }
-}
+namespace dilated::gpu::sm90 {
 
 /// One warpgroup of 64 query rows.
-template <typename Element, int kHeadDim, bool kCausal, bool kMerges, int kPolynomial>
+template <typename Element, int kHeadDim, bool kCausal, bool kMerges>
 class Consumer {
   using Tiles = ForwardTiles<kHeadDim>;
   using Shared = ForwardShared<Element, kHeadDim>;
   static constexpr int kDepth = 16;
   static constexpr int kScores = Tiles::kKeys / 2;
+  static constexpr int kThreads = 128 * Tiles::kWarpgroups;  // of all warpgroups like this
+  static constexpr int kPieces = kPanelColumns * sizeof(Element) / 16;
 
  public:
   __device__ Consumer(const ForwardArguments& arguments, Shared& shared)
@@ -229,17 +42,14 @@ class Consumer {
     Ring<2> queue;
     for (;;) {
       shared_.tile_full[queue.stage].wait(queue.parity);
-      const int index = shared_.tile[queue.stage];
-      arrive(shared_.tile_empty[queue.stage]);
-      queue.step();
-      if (index >= arguments_.num_tiles) {
+      const QueryTile& tile = shared_.tile[queue.stage];
+      if (tile.is_end) {
         return;
       }
-      tile_ = query_tile<kCausal, Tiles::kRows>(arguments_, index);
-      if (!tile_.empty()) {
-        attend();
-        finish();
-      }
+      attend(tile);
+      finish(tile);
+      arrive(shared_.tile_empty[queue.stage]);
+      queue.step();
     }
   }
 
@@ -253,8 +63,12 @@ class Consumer {
   }
 
   /// Row of the class that holds this thread's elements 4 j + 2 i.
-  __device__ int row(int i) const {
-    return tile_.first_row + first_row_ + thread_ / 32 * 16 + thread_ % 32 / 4 + 8 * i;
+  __device__ int row(const QueryTile& tile, int i) const {
+    return tile.first + first_row_ + thread_ / 32 * 16 + thread_ % 32 / 4 + 8 * i;
+  }
+  /// Keys of a row, counted from the tile's first.
+  __device__ int seen(const QueryTile& tile, int row) const {
+    return (kCausal ? min(tile.keys_last, row + 1) : tile.keys_last) - tile.keys_first;
   }
 
   __device__ void score(float (&scores)[kScores]) {
@@ -287,51 +101,150 @@ class Consumer {
     commit_products();
   }
 
-  /// Rows of the value tile beyond the segment are the next segment's: 0 * NaN must reach nobody.
-  __device__ void clear_values(int n) {
-    const int begin = tile_.rows - n * Tiles::kKeys;
-    if (begin >= Tiles::kKeys) {
-      return;
+  /// 16 bytes of row `key` of the value tile at hand; which of a panel's columns is left open.
+  __device__ uint4& value_piece(int key, int piece) {
+    auto* const panel =
+        reinterpret_cast<uint4*>(shared_.value[values_.stage][piece / kPieces]) + key * kPieces;
+    return panel[piece % kPieces];
+  }
+  __device__ float value_at(int key, int column) const {
+    const int piece = column % kPanelColumns / 8 ^ key % 8;  // swizzled
+    return float_of(shared_.value[values_.stage][column / kPanelColumns]
+                                 [key * kPanelColumns + 8 * piece + column % 8]);
+  }
+
+  /// Waits for the values of key tile n. 0 * NaN must reach nobody: what lies beyond the keys is
+  /// cleared, and so are rows that are not finite where causal rows do not see them; rows that do
+  /// get their part of those here. Returns whether acc_ holds a sum.
+  __device__ bool wait_for_values(const QueryTile& tile, int n,
+                                  const std::uint32_t (&probabilities)[kScores / 8][4],
+                                  bool accumulate) {
+    shared_.value_full[values_.stage].wait(values_.parity);
+    const int everyone_sees = seen(tile, tile.first) - n * Tiles::kKeys;
+    if (everyone_sees >= Tiles::kKeys) {
+      return accumulate;
     }
-    constexpr int kChunks = kPanelColumns * sizeof(Element) / 16;
-    const int chunks = (Tiles::kKeys - begin) * kChunks;
-    for (int panel = 0; panel < Tiles::kPanels; ++panel) {
-      auto* rows = reinterpret_cast<uint4*>(shared_.value[values_.stage][panel]) + begin * kChunks;
-      for (int i = first_row_ * 2 + thread_; i < chunks; i += 128 * Tiles::kWarpgroups) {
-        rows[i] = uint4{0, 0, 0, 0};
+    const int thread = first_row_ * 2 + thread_;
+    if constexpr (!kCausal) {
+      for (int i = everyone_sees * kPieces + thread; i < Tiles::kKeys * kPieces; i += kThreads) {
+#pragma unroll
+        for (int panel = 0; panel < Tiles::kPanels; ++panel) {
+          value_piece(i / kPieces, panel * kPieces + i % kPieces) = uint4{0, 0, 0, 0};
+        }
+      }
+      fence_async_proxy();
+      named_barrier(1, kThreads);
+      return accumulate;
+    } else {
+      bool is_bad = false;
+#pragma unroll
+      for (int i = 0; i < Tiles::kPanels * Tiles::kKeys * kPieces; i += kThreads) {
+        if ((Tiles::kPanels * Tiles::kKeys * kPieces) % kThreads == 0 ||
+            i + thread < Tiles::kPanels * Tiles::kKeys * kPieces) {
+          const int at = i + thread;
+          is_bad |= has_bad<Element>(value_piece(
+              at / kPieces % Tiles::kKeys, at / (Tiles::kKeys * kPieces) * kPieces + at % kPieces));
+        }
+      }
+      if (!barrier_or(1, kThreads, is_bad)) {
+        return accumulate;
+      }
+      add_bad_values(tile, n, probabilities, accumulate);
+      return true;
+    }
+  }
+
+  __device__ bool is_bad_value(int key) {
+    constexpr int kRowPieces = Tiles::kPanels * kPieces;
+    const int piece = thread_ % kRowPieces;
+    return __any_sync(0xFFFFFFFFu, has_bad<Element>(value_piece(key, piece))) != 0;
+  }
+
+  __device__ void add_bad_values(const QueryTile& tile, int n,
+                                 const std::uint32_t (&probabilities)[kScores / 8][4],
+                                 bool accumulate) {
+    std::uint32_t copy[kScores / 2];
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) {
+      copy[i] = probabilities[i / 4][i % 4];
+    }
+    if (!accumulate) {
+#pragma unroll
+      for (float& sum : acc_) {
+        sum = 0.0f;
+      }
+    }
+#pragma unroll 1
+    for (int key = 0; key < Tiles::kKeys; ++key) {
+      if (!is_bad_value(key)) {
+        continue;
+      }
+      const int holder = (thread_ % 32 & ~3) + key % 8 / 2;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const std::uint32_t pair = copy[key / 16 * 4 + key % 16 / 8 * 2 + i];
+        Element half;
+        reinterpret_cast<std::uint16_t&>(half) =
+            static_cast<std::uint16_t>(key % 2 == 0 ? pair : pair >> 16);
+        const float weight = __shfl_sync(0xFFFFFFFFu, float_of(half), holder);
+        if (n * Tiles::kKeys + key >= seen(tile, row(tile, i))) {
+          continue;
+        }
+#pragma unroll
+        for (int j = 0; j < kHeadDim / 8; ++j) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            acc_[4 * j + 2 * i + e] += weight * value_at(key, 8 * j + thread_ % 4 * 2 + e);
+          }
+        }
+      }
+    }
+    named_barrier(1, kThreads);
+    const int warp = first_row_ / 16 + thread_ / 32;
+#pragma unroll 1
+    for (int key = warp; key < Tiles::kKeys; key += kThreads / 32) {
+      if (is_bad_value(key) && thread_ % 32 < Tiles::kPanels * kPieces) {
+        value_piece(key, thread_ % 32) = uint4{0, 0, 0, 0};
       }
     }
     fence_async_proxy();
-    named_barrier(1, 128 * Tiles::kWarpgroups);
+    named_barrier(1, kThreads);
   }
 
   template <bool kMasked>
-  __device__ float2 softmax(float (&scores)[kScores], int n) {
-    if (arguments_.sign != 1.0f) {
+  __device__ float2 softmax(const QueryTile& tile, float (&scores)[kScores], int n) {
+    const float sign = arguments_.call.units.sign();
+    if (sign != 1.0f) {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
-        scores[i] *= arguments_.sign;
+        scores[i] *= sign;
       }
     }
     if constexpr (kMasked) {
+      const int begin = n * Tiles::kKeys + thread_ % 4 * 2;
+      const int ends[2] = {seen(tile, row(tile, 0)) - begin, seen(tile, row(tile, 1)) - begin};
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
-        const int column = n * Tiles::kKeys + i / 4 * 8 + thread_ % 4 * 2 + i % 2;
-        const int seen = kCausal ? min(tile_.rows, row(i / 2 % 2) + 1) : tile_.rows;
-        scores[i] = column < seen ? scores[i] : kAbsentLse<float>;
+        scores[i] = i / 4 * 8 + i % 2 < ends[i / 2 % 2] ? scores[i] : kAbsentLse<float>;
       }
     }
-    return tile_softmax<kMasked, kPolynomial>(scores, sums_, arguments_.factor);
+    return tile_softmax<kMasked>(scores, sums_, arguments_.call.units.factor());
   }
 
-  __device__ void attend() {
+  __device__ void attend(const QueryTile& tile) {
     float scores[kScores];
     std::uint32_t probabilities[kScores / 8][4];
     sums_ = RowSums{};
-    const int count = key_tiles<kCausal, Tiles::kRows, Tiles::kKeys>(tile_);
-    const int first = tile_.first_row + first_row_;
-    // Tiles below this one need no mask.
-    const int plain = (kCausal ? min(tile_.rows, first + 1) : tile_.rows) / Tiles::kKeys;
+    const int count = tile.key_tiles(Tiles::kKeys);
+    if (count == 0) {
+#pragma unroll
+      for (float& sum : acc_) {
+        sum = 0.0f;
+      }
+      return;
+    }
+    // Every row sees the key tiles below this one.
+    const int plain = max(0, seen(tile, tile.first)) / Tiles::kKeys;
 
     shared_.query_full.wait(queries_.parity);
     queries_.step();
@@ -340,21 +253,22 @@ class Consumer {
     pin(scores);
     arrive(shared_.key_empty[keys_.stage]);
     keys_.step();
-    softmax<true>(scores, count - 1);
+    softmax<true>(tile, scores, count - 1);
     pack_operands<Element>(scores, probabilities);
 
     const auto step = [&]<bool kMasked>(int n) {
+      bool accumulate = n < count - 2;
+      if constexpr (kMasked) {
+        accumulate = wait_for_values(tile, n + 1, probabilities, accumulate);
+      }
       score(scores);
       shared_.value_full[values_.stage].wait(values_.parity);
-      if (n == count - 2) {
-        clear_values(count - 1);
-      }
-      add_values(probabilities, n < count - 2);
+      add_values(probabilities, accumulate);
       wait_products<1>();
       pin(scores);
       arrive(shared_.key_empty[keys_.stage]);
       keys_.step();
-      const float2 shrink = softmax<kMasked>(scores, n);
+      const float2 shrink = softmax<kMasked>(tile, scores, n);
       wait_products<0>();
       pin(acc_);
       arrive(shared_.value_empty[values_.stage]);
@@ -365,8 +279,9 @@ class Consumer {
       }
       pack_operands<Element>(scores, probabilities);
     };
+    // A step adds the values of the tile before.
     int n = count - 2;
-    for (; n >= plain; --n) {
+    for (; n >= max(0, plain - 1); --n) {
       step.template operator()<true>(n);
     }
     for (; n >= 0; --n) {
@@ -374,104 +289,119 @@ class Consumer {
     }
     arrive(shared_.query_empty);
 
-    shared_.value_full[values_.stage].wait(values_.parity);
-    if (count == 1) {
-      clear_values(0);
-    }
-    add_values(probabilities, count > 1);
+    const bool accumulate = wait_for_values(tile, 0, probabilities, count > 1);
+    add_values(probabilities, accumulate);
     wait_products<0>();
     pin(acc_);
     arrive(shared_.value_empty[values_.stage]);
     values_.step();
   }
 
-  /// Slot of position `p` in the partial results of a branch; -1 if the head does not see it there.
-  __device__ std::int64_t partial_row(int b, int p) const {
-    const BranchRows& rows = arguments_.partials[b];
-    const auto position = static_cast<unsigned>(p);
-    const unsigned segment = position / static_cast<unsigned>(rows.segment);
-    const unsigned inside = position - segment * static_cast<unsigned>(rows.segment);
-    const unsigned i = inside / static_cast<unsigned>(rows.dilation);
-    const int offset = arguments_.partial_offsets[b * arguments_.heads + tile_.head];
-    if (static_cast<int>(inside - i * static_cast<unsigned>(rows.dilation)) != offset) {
-      return -1;
-    }
-    return row_of_slot(rows, static_cast<int>(segment), static_cast<int>(i));
-  }
-  __device__ std::int64_t row_of_slot(const BranchRows& rows, int segment, int i) const {
-    return (std::int64_t{tile_.batch} * arguments_.heads + tile_.head) * arguments_.partial_rows +
-           rows.row_begin + std::int64_t{segment} * rows.slots + i;
-  }
-
-  __device__ void finish() {
+  __device__ void finish(const QueryTile& tile) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float sum = quad_sum(sums_.sum[i]);
-      const float inverse = sum > 0.0f ? 1.0f / sum : sum == 0.0f ? 0.0f : sum;
+      const ScaledSum<float> total = {sums_.max[i], quad_sum(sums_.sum[i])};
+      const float inverse = total.max == kAbsentLse<float> ? 0.0f : 1.0f / total.sum;
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j) {
         acc_[4 * j + 2 * i] *= inverse;
         acc_[4 * j + 2 * i + 1] *= inverse;
       }
-      if (row(i) >= tile_.rows) {
+      if (row(tile, i) >= tile.last) {
         continue;
       }
-      const ScaledSum<float> total = {
-          sum == 0.0f ? kAbsentLse<float> : reference_of(sums_.max[i], arguments_.factor), sum};
       if constexpr (kMerges) {
-        write_merged(i, total);
+        write_merged(tile, i, total);
       } else {
-        write_partial(i, total);
+        write_partial(tile, i, total);
       }
     }
   }
 
-  __device__ void write_partial(int i, const ScaledSum<float>& total) {
-    const std::int64_t slot =
-        row_of_slot(arguments_.branches[tile_.branch].rows, tile_.segment, row(i));
-    float* out = arguments_.partial_out + slot * kHeadDim + thread_ % 4 * 2;
+  __device__ std::int64_t sum_row(const QueryTile& tile, std::int64_t slot) const {
+    const Call& call = arguments_.call;
+    return (std::int64_t{tile.batch} * call.num_heads + tile.head) * call.branch_rows + slot;
+  }
+
+  __device__ void write_partial(const QueryTile& tile, int i, const ScaledSum<float>& total) {
+    const std::int64_t slot = tile.saved + row(tile, i);
+    float* const out =
+        saved_rows(arguments_.branch_out, tile.batch, tile.head).row(slot) + thread_ % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; ++j) {
       *reinterpret_cast<float2*>(out + 8 * j) = {acc_[4 * j + 2 * i], acc_[4 * j + 2 * i + 1]};
     }
     if (thread_ % 4 == 0) {
-      arguments_.partial_sums[slot] = {total.max, total.sum};
+      arguments_.branch_sums[sum_row(tile, slot)] = {total.max, total.sum};
+      if (arguments_.branch_lse.defined()) {
+        const LogSum saved = arguments_.call.units.log_sum(total);
+        float* const two = saved_rows(arguments_.branch_lse, tile.batch, tile.head).row(slot);
+        two[0] = saved.lse;
+        two[1] = saved.residual;
+      }
     }
   }
 
-  __device__ void write_merged(int i, ScaledSum<float> total) {
-    const int position = tile_.position + row(i);
-    for (int b = 0; b < arguments_.num_partials; ++b) {
-      const std::int64_t slot = partial_row(b, position);
+  /// Slot of position `p` in the results of the branch of a rank; -1 if the head does not see it
+  /// there. Queries are whole sequences.
+  __device__ std::int64_t partial_slot(const QueryTile& tile, int rank, int p) const {
+    const Call& call = arguments_.call;
+    const TileGroup& group = call.query_groups[rank * call.num_sequences + tile.sequence];
+    const auto segment_length =
+        static_cast<int>(min(call.branches[group.branch].segment, tile.length));
+    const auto dilation = static_cast<int>(call.branches[group.branch].dilation);
+    const int segment = p / segment_length;
+    const int inside = p - segment * segment_length;
+    const int i = inside / dilation;
+    const auto offset =
+        static_cast<int>(call.offsets[std::int64_t{group.branch} * call.num_heads + tile.head]);
+    const int slots = segment_length / dilation + (segment_length % dilation != 0 ? 1 : 0);
+    return inside - i * dilation == offset ? group.row_begin + std::int64_t{segment} * slots + i
+                                           : -1;
+  }
+
+  __device__ void write_merged(const QueryTile& tile, int i, ScaledSum<float> total) {
+    const Call& call = arguments_.call;
+    const int position = static_cast<int>(tile.position) + row(tile, i);
+    for (int rank = 1; rank < call.num_branches; ++rank) {
+      const std::int64_t slot = partial_slot(tile, rank, position);
       if (slot < 0) {
         continue;
       }
-      const float2 sums = arguments_.partial_sums[slot];
-      const auto merged =
-          merge_sums(total, ScaledSum<float>{sums.x, sums.y}, [](float x) { return exp2_unit(x); });
+      const float2 sums = arguments_.branch_sums[sum_row(tile, slot)];
+      const auto merged = merge_sums(total, ScaledSum<float>{sums.x, sums.y},
+                                     [&](float x) { return call.units.power(x); });
       total = merged.total;
-      const float* partial = arguments_.partial_out + slot * kHeadDim + thread_ % 4 * 2;
+      const float* const partial =
+          saved_rows(arguments_.branch_out, tile.batch, tile.head).row(slot) + thread_ % 4 * 2;
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j) {
         const float2 other = *reinterpret_cast<const float2*>(partial + 8 * j);
-        float* own = acc_ + 4 * j + 2 * i;
-        own[0] = fmaf(own[0], merged.first, other.x * merged.second);
-        own[1] = fmaf(own[1], merged.first, other.y * merged.second);
+        float* const own = acc_ + 4 * j + 2 * i;
+        own[0] = merged_value(merged, own[0], other.x);
+        own[1] = merged_value(merged, own[1], other.y);
       }
     }
-    auto* out = static_cast<Element*>(arguments_.out) + tile_.batch * arguments_.out_batch_stride +
-                position * arguments_.out_row_stride + tile_.head * arguments_.out_head_stride +
-                thread_ % 4 * 2;
+    const std::int64_t token = tile.token + row(tile, i);
+    std::byte* const out = rows_of(arguments_.out, tile.batch, tile.head).row(token);
+    const bool rounds = arguments_.out.dtype != DType::kFloat32;
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; ++j) {
-      *reinterpret_cast<std::uint32_t*>(out + 8 * j) =
-          pack<Element>(acc_[4 * j + 2 * i], acc_[4 * j + 2 * i + 1]);
+      const float x = call.out_scale * acc_[4 * j + 2 * i];
+      const float y = call.out_scale * acc_[4 * j + 2 * i + 1];
+      const int column = 8 * j + thread_ % 4 * 2;
+      if (rounds) {
+        reinterpret_cast<std::uint32_t*>(out)[column / 2] = pack<Element>(x, y);
+      } else {
+        reinterpret_cast<float2*>(out)[column / 2] = {x, y};
+      }
     }
     if (thread_ % 4 == 0) {
-      constexpr float kLn2 = 0.6931471805599453f;
-      arguments_
-          .lse[(std::int64_t{tile_.batch} * arguments_.heads + tile_.head) * arguments_.length +
-               position] = (total.max + __log2f(total.sum)) * kLn2;
+      const LogSum sum = call.units.log_sum(total);
+      item_at(arguments_.lse, tile.batch, tile.head, token) = sum.lse;
+      if (arguments_.lse_residual.defined()) {
+        item_at(arguments_.lse_residual, tile.batch, tile.head, token) = sum.residual;
+      }
     }
   }
 
@@ -479,14 +409,13 @@ class Consumer {
   Shared& shared_;
   const int thread_;     // of the warpgroup
   const int first_row_;  // of the warpgroup in the tile
-  QueryTile tile_;
   Ring<Tiles::kStages> keys_, values_;
   Ring<1> queries_;
   RowSums sums_;
   float acc_[kHeadDim / 2];
 };
 
-template <typename Element, int kHeadDim, bool kCausal, bool kMerges, int kPolynomial>
+template <typename Element, int kHeadDim, bool kCausal, bool kMerges>
 __global__ void __launch_bounds__(ForwardTiles<kHeadDim>::kThreads, 1)
     forward_kernel(const __grid_constant__ ForwardArguments arguments) {
   using Tiles = ForwardTiles<kHeadDim>;
@@ -505,7 +434,7 @@ __global__ void __launch_bounds__(ForwardTiles<kHeadDim>::kThreads, 1)
     }
     for (int i = 0; i < 2; ++i) {
       shared.tile_full[i].init(1);
-      shared.tile_empty[i].init(kWarps);
+      shared.tile_empty[i].init(kWarps + 1);  // and the producer
     }
     fence_barrier_init();
   }
@@ -513,12 +442,44 @@ __global__ void __launch_bounds__(ForwardTiles<kHeadDim>::kThreads, 1)
   if (threadIdx.x < 128) {
     give_registers<Tiles::kProducerRegisters>();
     if (threadIdx.x == 0) {
-      produce<Element, kHeadDim, kCausal>(arguments, shared);
+      produce(arguments, shared);
+    } else if (threadIdx.x == 32) {
+      schedule<Element, kHeadDim, kCausal>(arguments, shared);
     }
   } else {
     take_registers<Tiles::kConsumerRegisters>();
-    Consumer<Element, kHeadDim, kCausal, kMerges, kPolynomial>(arguments, shared).run();
+    Consumer<Element, kHeadDim, kCausal, kMerges>(arguments, shared).run();
   }
 }
 
-}  // namespace dilated::gpu
+template <typename Element, int kHeadDim, bool kCausal, bool kMerges>
+void launch_forward(const ForwardArguments& arguments, cudaStream_t stream) {
+  int device = 0;
+  int multiprocessors = 0;
+  check(cudaGetDevice(&device), "device");
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "multiprocessors");
+  launch(forward_kernel<Element, kHeadDim, kCausal, kMerges>,
+         {std::min<std::int64_t>(arguments.num_tiles, multiprocessors)},
+         ForwardTiles<kHeadDim>::kThreads, sizeof(ForwardShared<Element, kHeadDim>), stream,
+         arguments, "forward");
+}
+
+/// One launch for one dtype; each is a file of its own, so that they compile side by side.
+template <typename Element>
+void run_forward(const ForwardArguments& arguments, bool merges, cudaStream_t stream) {
+  const auto run = [&]<int kHeadDim>() {
+    const auto launches = arguments.call.is_causal
+                              ? (merges ? launch_forward<Element, kHeadDim, true, true>
+                                        : launch_forward<Element, kHeadDim, true, false>)
+                              : (merges ? launch_forward<Element, kHeadDim, false, true>
+                                        : launch_forward<Element, kHeadDim, false, false>);
+    launches(arguments, stream);
+  };
+  arguments.call.head_dim == 64 ? run.template operator()<64>() : run.template operator()<128>();
+}
+
+extern template void run_forward<__nv_bfloat16>(const ForwardArguments&, bool, cudaStream_t);
+extern template void run_forward<__half>(const ForwardArguments&, bool, cudaStream_t);
+
+}  // namespace dilated::gpu::sm90

@@ -1,44 +1,25 @@
-// Forward on Hopper (compute capability 9.0): host side of attention_forward_sm90.cuh.
+// Forward on Hopper (compute capability 9.0), step 1 of attention_forward.cu: host side.
 #pragma once
 
 #include <cstdint>
-#include <span>
-#include <vector>
 
-#include <cuda_runtime_api.h>
+#include "src/kernels/cuda/call.h"
 
-#include "dilated/problem.h"
+namespace dilated::gpu::sm90 {
 
-namespace dilated::gpu {
+/// Whether this build holds the kernel.
+bool has_forward();
 
-/// One call, device pointers; strides in elements; (batch, rows, heads, head_dim).
 struct ForwardCall {
-  DType dtype = DType::kBFloat16;
-  bool is_causal = false;
-  float scale = 1.0f;
-  std::int64_t batch = 1, length = 0, heads = 1, kv_heads = 1, head_dim = 0;
-  struct View {
-    void* data;
-    std::int64_t batch_stride, row_stride, head_stride;
-  };
-  View query, key, value, out;
-  float* lse = nullptr;  // (batch, heads, length)
-  std::vector<Branch> branches;
-  // Workspace: (batch, heads, partial_rows, head_dim) and (batch, heads, partial_rows, 2), and one
-  // counter per launch.
-  float* partial_out = nullptr;
-  float* partial_sums = nullptr;
-  int* tickets = nullptr;
-  cudaStream_t stream = nullptr;
+  Call call;
+  const ForwardTensors* tensors;
+  TensorView branch_out;  // (batch, heads, branch_rows, head_dim), float32
+  float2* branch_sums;    // (batch, heads, branch_rows): max, sum
+  int* tickets;           // two
 };
 
-/// Rows of one head in the partial results of all branches but the dense one.
-std::int64_t partial_rows(std::int64_t length, std::span<const Branch> branches);
+/// Writes (O_b, max, sum) of all branches; if decision.merges_in_dense, of all but the first in
+/// ascending order, which writes out, lse and its residual.
+void branches_forward(const ForwardCall& call, const Plan& plan, cudaStream_t stream);
 
-/// Index of the branch in whose epilogue all others are merged: the first with dilation 1 that
-/// every head runs. Throws std::invalid_argument if there is none.
-std::size_t dense_branch(std::span<const Branch> branches);
-
-void forward_sm90(const ForwardCall& call);
-
-}  // namespace dilated::gpu
+}  // namespace dilated::gpu::sm90

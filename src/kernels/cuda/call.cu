@@ -77,6 +77,7 @@ Call begin_call(const Plan& plan, const Masks& masks, const Context& context) {
           .branches = reinterpret_cast<const BranchShape*>(base + decision.at.branches),
           .offsets = reinterpret_cast<const std::int64_t*>(base + decision.at.offsets),
           .query_groups = reinterpret_cast<const TileGroup*>(base + decision.at.query_groups),
+          .forward_groups = reinterpret_cast<const TileGroup*>(base + decision.at.forward_groups),
           .key_groups = reinterpret_cast<const TileGroup*>(base + decision.at.key_groups),
           .row_groups = reinterpret_cast<const TileGroup*>(base + decision.at.row_groups),
           .num_sequences = static_cast<int>(plan.sequences().size()),

@@ -18,6 +18,7 @@ struct Call {
   const BranchShape* branches;
   const std::int64_t* offsets;
   const TileGroup* query_groups;
+  const TileGroup* forward_groups;  // like query_groups, in tiles of the Hopper forward
   const TileGroup* key_groups;
   const TileGroup* row_groups;
   int num_sequences;

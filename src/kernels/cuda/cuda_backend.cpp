@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 
 #include "src/backend_table.h"
+#include "src/kernels/cuda/attention_forward_sm90.h"
 #include "src/kernels/cuda/call.h"
 #include "src/kernels/cuda/decision.h"
 
@@ -26,7 +27,19 @@ std::string unavailable() {
   return kReason;
 }
 
-std::string description() { return "CUDA mma.sync, cp.async"; }
+std::string description() { return "CUDA, kernels of sm_80 and sm_90a"; }
+
+/// 10 * major + minor; asked of the driver's tables, which wakes no device.
+std::int64_t capability_of(std::int64_t index) {
+  int major = 0;
+  int minor = 0;
+  const auto device = static_cast<int>(index);
+  gpu::check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+             "compute capability");
+  gpu::check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+             "compute capability");
+  return 10 * std::int64_t{major} + minor;
+}
 
 std::string rejects(const Problem& problem) {
   if (problem.device.kind != Device::kCuda) {
@@ -51,7 +64,11 @@ std::string rejects(const Problem& problem) {
 }
 
 std::shared_ptr<const Decision> decide(const Plan& plan) {
-  return std::make_shared<gpu::CudaDecision>(plan);
+  const DeviceSpec& device = plan.problem().device;
+  return std::make_shared<gpu::CudaDecision>(
+      plan, gpu::Target{.capability = device.capability != 0 ? device.capability
+                                                             : capability_of(device.index),
+                        .has_sm90_forward = gpu::sm90::has_forward()});
 }
 
 }  // namespace

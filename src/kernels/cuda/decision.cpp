@@ -63,10 +63,61 @@ int padded(std::int64_t head_dim) {
   return 0;  // rejected
 }
 
+/// What keeps a problem from the Hopper forward.
+std::string reason_against_sm90(const Plan& plan, const Target& target) {
+  const Problem& problem = plan.problem();
+  if (target.capability != 90) {
+    return fmt::format("compute capability {}.{}", target.capability / 10, target.capability % 10);
+  }
+  if (!target.has_sm90_forward) {
+    return "not compiled for 90a";
+  }
+  if (problem.dtype != DType::kBFloat16 && problem.dtype != DType::kFloat16) {
+    return fmt::format("dtype {}", name_of(problem.dtype));
+  }
+  if (problem.head_dim != 64 && problem.head_dim != 128) {
+    return fmt::format("head_dim {}", problem.head_dim);
+  }
+  if (problem.alignment < 16) {
+    return problem.alignment == 0 ? "alignment unknown"
+                                  : fmt::format("alignment of {} bytes", problem.alignment);
+  }
+  if (problem.has_key_mask) {
+    return "key mask";
+  }
+  if (problem.dropout_p > 0.0) {
+    return "dropout";
+  }
+  if (problem.tail == Tail::kPhantom && !problem.is_causal) {
+    return "phantom keys";
+  }
+  if (static_cast<std::int64_t>(problem.branches.size()) > kMostBranches) {
+    return fmt::format("{} branches", problem.branches.size());
+  }
+  constexpr std::int64_t kMostRows = std::int64_t{1} << 30;  // of numbers in 32 bits
+  if (problem.seqlen > kMostRows || problem.query_rows() > kMostRows ||
+      problem.key_rows() > kMostRows) {
+    return "more than 2^30 rows";
+  }
+  return "";
+}
+
+/// Whether the kernel of the first branch can write the result: its rows are all rows.
+bool can_merge_in_dense(const Plan& plan, std::size_t first) {
+  const Problem& problem = plan.problem();
+  const Branch& branch = problem.branches[first];
+  return branch.dilation == 1 && problem.merge == Merge::kLse && !plan.needs_branch_outputs() &&
+         problem.windows.empty() && !problem.has_seqused &&
+         std::all_of(branch.offsets.begin(), branch.offsets.end(),
+                     [](std::int64_t offset) { return offset == 0; });
+}
+
 }  // namespace
 
-CudaDecision::CudaDecision(const Plan& plan)
-    : padded_head_dim(padded(plan.problem().head_dim)),
+CudaDecision::CudaDecision(const Plan& plan, const Target& target)
+    : not_sm90(reason_against_sm90(plan, target)),
+      merges_in_dense(false),
+      padded_head_dim(padded(plan.problem().head_dim)),
       tiles(tile_shape(padded_head_dim * static_cast<int>(size_of(plan.problem().dtype)))),
       branch_order(ascending_branches(plan.problem())) {
   const Problem& problem = plan.problem();
@@ -92,6 +143,22 @@ CudaDecision::CudaDecision(const Plan& plan)
         plan, branch, tiles.rows, [](const Sequence& s) { return s.keys; }, key_groups,
         key_tiles.back());
   }
+  std::vector<TileGroup> forward_groups;
+  if (not_sm90.empty()) {
+    merges_in_dense = can_merge_in_dense(plan, branch_order.front());
+    forward_tiles = {0};
+    for (const std::size_t branch : branch_order) {
+      forward_tiles.push_back(forward_tiles.back());
+      add_groups(
+          plan, branch, forward_rows(static_cast<int>(problem.head_dim)),
+          [](const Sequence& s) { return s.queries; }, forward_groups, forward_tiles.back());
+    }
+    if (forward_tiles.back() * problem.num_heads >= std::int64_t{1} << 31) {
+      not_sm90 = "2^31 tiles or more";
+      merges_in_dense = false;
+      forward_groups.clear();
+    }
+  }
   std::vector<TileGroup> row_groups;
   row_tiles = 0;
   for (std::size_t s = 0; s < plan.sequences().size(); ++s) {
@@ -103,11 +170,13 @@ CudaDecision::CudaDecision(const Plan& plan)
   at.offsets = append(tables, offsets);
   at.query_groups = append(tables, query_groups);
   at.key_groups = append(tables, key_groups);
+  at.forward_groups = append(tables, forward_groups);
   at.row_groups = append(tables, row_groups);
 
   const std::int64_t rows = problem.batch * problem.num_heads * plan.branch_rows();
   const bool rounds = problem.dtype != DType::kFloat32;
   table_bytes = whole_pieces(static_cast<std::int64_t>(tables.size()));
+  tickets = not_sm90.empty() ? kPiece : 0;
   branch_sums = whole_pieces(rows * 8);
   branch_out = whole_pieces(rows * 4 * problem.head_dim);
   row_numbers = whole_pieces(rows * 16);
@@ -120,17 +189,24 @@ CudaDecision::CudaDecision(const Plan& plan)
 }
 
 std::int64_t CudaDecision::workspace_bytes(Pass pass) const {
-  return pass == Pass::kForward ? table_bytes + branch_sums + branch_out
+  return pass == Pass::kForward ? table_bytes + tickets + branch_sums + branch_out
                                 : table_bytes + row_numbers + query_gradient + 2 * key_gradient;
 }
 
 std::string CudaDecision::to_string() const {
+  const std::string merge = merges_in_dense
+                                ? fmt::format("merged by branch {}", branch_order.front())
+                                : fmt::format("merge of {} rows, {} blocks", merge_rows, row_tiles);
+  const std::string forward =
+      not_sm90.empty()
+          ? fmt::format("sm_90a, tiles {} x {}, {} per head; {}", forward_rows(padded_head_dim),
+                        kForwardKeys, forward_tiles.back(), merge)
+          : fmt::format("sm_80 ({}), tiles {} x {}, {} per head; {}", not_sm90, tiles.rows,
+                        tiles.forward_columns, query_tiles.back(), merge);
   return fmt::format(
-      "kernels       sm_80, head_dim as {}\nbranch order  [{}]\nforward       tiles {} x {}, {} "
-      "blocks per head; merge of {} rows, {} blocks\nbackward      tiles {} x {}, {} + {} blocks "
-      "per head\n",
-      padded_head_dim, fmt::join(branch_order, ", "), tiles.rows, tiles.forward_columns,
-      query_tiles.back(), merge_rows, row_tiles, tiles.rows, tiles.backward_columns,
+      "head_dim      as {}\nbranch order  [{}]\nforward       {}\n"
+      "backward      sm_80, tiles {} x {}, {} + {} per head\n",
+      padded_head_dim, fmt::join(branch_order, ", "), forward, tiles.rows, tiles.backward_columns,
       query_tiles.back(), key_tiles.back());
 }
 

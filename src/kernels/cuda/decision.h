@@ -30,6 +30,17 @@ constexpr TileShape tile_shape(int row_bytes) {
   return row_bytes <= 512 ? TileShape{64, 32, 16} : TileShape{32, 16, 16};
 }
 
+/// Forward on Hopper (sm_90a): query rows of a tile, keys that pass by at once, most branches.
+constexpr int forward_rows(int head_dim) { return head_dim <= 64 ? 192 : 128; }
+inline constexpr int kForwardKeys = 128;
+inline constexpr std::int64_t kMostBranches = 8;
+
+/// Which kernels there are to choose from.
+struct Target {
+  std::int64_t capability = 80;  // 10 * major + minor
+  bool has_sm90_forward = true;  // built
+};
+
 /// Tiles of one branch on one sequence, or of all rows of one sequence. A sequence that is cut
 /// (seqused) has no more segments and rows than a whole one: blocks beyond its end find nothing.
 struct TileGroup {
@@ -48,15 +59,20 @@ struct BranchShape {
 
 /// Where the tables lie in their one block of memory, in bytes.
 struct TableOffsets {
-  std::int64_t sequences = 0;     // Sequence per sequence
-  std::int64_t branches = 0;      // BranchShape per branch
-  std::int64_t offsets = 0;       // residue per (branch, head), int64
-  std::int64_t query_groups = 0;  // TileGroup per (rank of branch, sequence), tiles of query rows
-  std::int64_t key_groups = 0;    // the same, tiles of key rows
-  std::int64_t row_groups = 0;    // TileGroup per sequence: all of its query rows
+  std::int64_t sequences = 0;       // Sequence per sequence
+  std::int64_t branches = 0;        // BranchShape per branch
+  std::int64_t offsets = 0;         // residue per (branch, head), int64
+  std::int64_t query_groups = 0;    // TileGroup per (rank of branch, sequence), tiles of query rows
+  std::int64_t key_groups = 0;      // the same, tiles of key rows
+  std::int64_t forward_groups = 0;  // like query_groups, in tiles of the Hopper forward
+  std::int64_t row_groups = 0;      // TileGroup per sequence: all of its query rows
 };
 
 struct CudaDecision final : Decision {
+  /// Why forward runs the sm_80 kernel; empty: it runs that of sm_90a.
+  std::string not_sm90;
+  /// The first branch of the merge is dense and runs in every head: its kernel merges the others.
+  bool merges_in_dense;
   int padded_head_dim;
   TileShape tiles;
   /// Branch numbers in ascending order of segment length: the order of merges; backward goes down.
@@ -66,19 +82,21 @@ struct CudaDecision final : Decision {
   // Tiles before each rank of branch_order, and in all.
   std::vector<std::int64_t> query_tiles;
   std::vector<std::int64_t> key_tiles;
+  std::vector<std::int64_t> forward_tiles;  // of sm_90a
   std::int64_t row_tiles;
   std::vector<std::byte> tables;
   TableOffsets at;
 
   // Workspace, each piece in bytes. Tables come first.
   std::int64_t table_bytes;
+  std::int64_t tickets;         // forward on sm_90a: which tile is next
   std::int64_t branch_sums;     // forward: (max, sum) of every branch row
   std::int64_t branch_out;      // forward: O_b of every branch row, float32
   std::int64_t row_numbers;     // backward: (base, residual, delta) of every branch row
   std::int64_t query_gradient;  // backward: float32 sums of gradients that are rounded
   std::int64_t key_gradient;    // once for dkey, once for dvalue
 
-  explicit CudaDecision(const Plan& plan);
+  explicit CudaDecision(const Plan& plan, const Target& target = {});
   std::int64_t workspace_bytes(Pass pass) const override;
   std::string to_string() const override;
 };

@@ -76,12 +76,14 @@ struct DilatedMaps {
 
 inline DilatedMaps dilated_maps(const RowTensor& tensor, std::int64_t dilation,
                                 const MapOptions& options) {
+  // Beyond the tensor a dilation has no further rows; strides are limited.
+  const std::int64_t step = std::min(dilation, std::max<std::int64_t>(tensor.rows, 1));
   const auto encode = [&](std::int64_t rows, std::int64_t residues) {
     const auto size = [](std::int64_t n) { return static_cast<cuuint64_t>(n); };
     return encode_map(
         tensor.data, tensor.type,
         {size(tensor.columns), size(rows), size(residues), size(tensor.heads), size(tensor.batch)},
-        {size(dilation * tensor.row_stride), size(tensor.row_stride), size(tensor.head_stride),
+        {size(step * tensor.row_stride), size(tensor.row_stride), size(tensor.head_stride),
          size(tensor.batch_stride)},
         options);
   };

@@ -63,6 +63,21 @@ __device__ inline void fence_async_proxy() {
 __device__ inline void named_barrier(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
+/// The same; whether any of them says so.
+__device__ inline bool barrier_or(int number, int threads, bool predicate) {
+  std::uint32_t any;
+  asm volatile(
+      "{\n"
+      ".reg .pred mine, all;\n"
+      "setp.ne.u32 mine, %3, 0;\n"
+      "bar.red.or.pred all, %1, %2, mine;\n"
+      "selp.u32 %0, 1, 0, all;\n"
+      "}"
+      : "=r"(any)
+      : "r"(number), "r"(threads), "r"(static_cast<std::uint32_t>(predicate))
+      : "memory");
+  return any != 0;
+}
 __device__ inline void named_barrier_arrive(int number, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }

@@ -1,8 +1,6 @@
 // Softmax of one tile of scores in registers, in the accumulator layout of wgmma.cuh: every thread
 // holds two rows, four neighbouring threads hold the columns of a row.
-//   reference = factor max,   P = 2^(factor s - reference),   sum = sum of P
-// One rounding per score: the reference enters a fused multiply-add, and whatever its own rounding
-// is, it cancels in O and is part of the log-sum-exp.
+//   P = 2^(factor (s - max)),   sum = sum of P
 #pragma once
 
 #include <cstdint>
@@ -14,22 +12,9 @@
 #include "src/kernels/cuda/device/ptx.cuh"
 #include "src/merge.h"
 
-namespace dilated::gpu {
+namespace dilated::gpu::sm90 {
 
-/// 2^x for x <= 0 on the units of multiply-adds: x = i + t, |t| <= 1/2, a polynomial for 2^t, i
-/// added to the exponent. The largest relative error is 1e-4, below the rounding of P.
-__device__ inline float exp2_polynomial(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 2^23: adding it rounds to an integer
-  x = fmaxf(x, -126.0f);
-  const float shifted = x + kRound;
-  const float t = x - (shifted - kRound);
-  float y = fmaf(t, 0.05550410866f, 0.2402265069f);
-  y = fmaf(t, y, 0.6931471806f);
-  y = fmaf(t, y, 1.0f);
-  return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
-}
-
-/// Largest value of a row so far (without `factor`), and this thread's part of its sum.
+/// Largest score of a row so far, and this thread's part of its sum.
 struct RowSums {
   float max[2] = {kAbsentLse<float>, kAbsentLse<float>};
   float sum[2] = {0.0f, 0.0f};
@@ -44,15 +29,9 @@ __device__ inline float quad_sum(float x) {
   return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
 }
 
-/// factor max, and 0 for a row that has seen nothing: its powers are then 0, not NaN.
-__device__ inline float reference_of(float max, float factor) {
-  return max == kAbsentLse<float> ? 0.0f : max * factor;
-}
-
 /// Replaces scores by probabilities and returns by how much earlier sums of each row shrink.
-/// `kMayBeEmpty`: all scores of a row may be -inf. `kPolynomial` of 8 powers avoid the unit of
-/// special functions.
-template <bool kMayBeEmpty, int kPolynomial, int kCount>
+/// `kMayBeEmpty`: all scores of a row so far may be -inf; its powers are then 0, not NaN.
+template <bool kMayBeEmpty, int kCount>
 __device__ inline float2 tile_softmax(float (&scores)[kCount], RowSums& rows, float factor) {
   float shrink[2];
 #pragma unroll
@@ -63,17 +42,15 @@ __device__ inline float2 tile_softmax(float (&scores)[kCount], RowSums& rows, fl
       max = fmaxf(max, fmaxf(scores[i], scores[i + 1]));
     }
     max = quad_max(max);
-    const float reference = kMayBeEmpty ? reference_of(max, factor) : max * factor;
-    shrink[row] = exp2_unit(rows.max[row] * factor - reference);
+    const float base = kMayBeEmpty && max == kAbsentLse<float> ? 0.0f : max;
+    shrink[row] = exp2_unit(factor * (rows.max[row] - base));
     rows.max[row] = max;
     float sum = 0.0f;
 #pragma unroll
     for (int i = 2 * row; i < kCount; i += 4) {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const float x = fmaf(scores[i + k], factor, -reference);
-        const bool polynomial = (i / 4 * 2 + k) % 8 < kPolynomial;
-        scores[i + k] = polynomial ? exp2_polynomial(x) : exp2_unit(x);
+        scores[i + k] = exp2_unit(factor * (scores[i + k] - base));
         sum += scores[i + k];
       }
     }
@@ -106,4 +83,14 @@ __device__ inline void pack_operands(const float (&scores)[kCount],
   }
 }
 
-}  // namespace dilated::gpu
+/// Whether one of 8 elements is infinite or NaN: a carry out of an exponent of ones.
+template <typename Element>
+__device__ inline bool has_bad(const uint4& eight) {
+  constexpr bool kIsBFloat16 = std::is_same_v<Element, __nv_bfloat16>;
+  constexpr std::uint32_t kExponents = kIsBFloat16 ? 0x7F807F80u : 0x7C007C00u;
+  constexpr std::uint32_t kOne = kIsBFloat16 ? 0x00800080u : 0x04000400u;
+  const auto carry = [](std::uint32_t pair) { return (pair & kExponents) + kOne; };
+  return ((carry(eight.x) | carry(eight.y) | carry(eight.z) | carry(eight.w)) & 0x80008000u) != 0;
+}
+
+}  // namespace dilated::gpu::sm90
