@@ -2,6 +2,8 @@
 // mismatch names the tensor.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
@@ -31,11 +33,7 @@ class ViewCheck {
   template <typename Void, std::size_t kRank>
   void shape(const char* name, const StridedView<Void, kRank>& view,
              const std::array<std::int64_t, kRank>& shape) const {
-    bool empty = false;
-    for (const std::int64_t extent : shape) {
-      empty = empty || extent == 0;
-    }
-    if (!view.defined() && !empty) {
+    if (!view.defined() && !is_empty(shape)) {
       fail(name, fmt::format("a tensor of shape ({})", fmt::join(shape, ", ")), "none");
     }
     if (view.defined() && view.shape != shape) {
@@ -67,7 +65,7 @@ class ViewCheck {
   template <typename Void>
   void rows(const char* name, const StridedView<Void, 4>& view) const {
     contiguous_rows(name, view);
-    if (!view.defined() || alignment_ == 0) {
+    if (!view.defined() || is_empty(view.shape) || alignment_ == 0) {
       return;
     }
     std::uint64_t bits = reinterpret_cast<std::uintptr_t>(view.data);
@@ -105,6 +103,11 @@ class ViewCheck {
   }
 
  private:
+  template <std::size_t kRank>
+  static bool is_empty(const std::array<std::int64_t, kRank>& shape) {
+    return std::find(shape.begin(), shape.end(), 0) != shape.end();
+  }
+
   void require_apart(const Footprint& output, const Footprint& other) const {
     if (overlap(output, other)) {
       fail(output.name, fmt::format("memory apart from {}", other.name), "overlapping memory",

@@ -342,6 +342,18 @@ TEST(Alignment, IsCheckedAgainstTheViews) {
   run(problem, make_inputs(problem));
 }
 
+TEST(Alignment, OfNothingIsNeverWrong) {
+  Problem problem = paper_problem(0, 2, 4, {{8, 1}});
+  problem.alignment = 16;
+  alignas(16) std::array<float, 8> memory{};
+  float* const odd = memory.data() + 1;
+  ForwardTensors tensors;
+  tensors.query = tensors.key = tensors.value = {odd, DType::kFloat32, {1, 0, 2, 4}, {8, 8, 4, 1}};
+  tensors.out = {odd, DType::kFloat32, {1, 0, 2, 4}, {8, 8, 4, 1}};
+  tensors.lse = {odd, DType::kFloat32, {1, 2, 0}, {2, 1, 1}};
+  forward(make_plan(problem), tensors);
+}
+
 TEST(Outputs, OfOneInterleavedTensorAreNoOverlap) {
   // Gradients of a packed (seqlen, 3, heads, head_dim) projection: views that interleave.
   Problem problem = paper_problem(40, 2, 8, {{8, 1}, {40, 3}});
