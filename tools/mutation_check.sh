@@ -33,7 +33,7 @@ mutants=(
   'forward: hidden NaN|kernels/cpu/attention_forward.cpp|s/if \(diagonal && !is_finite/if (false \&\& !is_finite/|nonfinite_test'
   'backward: sign of dL|kernels/cpu/attention_backward.cpp|s/float delta = -dlse;/float delta = dlse;/|property_test'
   'backward: dP + delta|kernels/cpu/score_gradient-inl.h|s/hn::Sub\(block\.sum\[i\]\[v\], deltas\)/hn::Add(block.sum[i][v], deltas)/|property_test'
-  'backward: delta under dropout|kernels/cpu/score_gradient-inl.h|s/keep \* ds - delta\[i\]/keep * ds + delta[i]/|property_test'
+  'backward: delta under dropout|kernels/cpu/score_gradient-inl.h|s/factor \* ds - delta\[i\]/factor * ds + delta[i]/|property_test'
   'backward: sign of the residual|kernels/cpu/score_gradient-inl.h|s/hn::Sub\(x, residual\)/hn::Add(x, residual)/|property_test'
   'backward: count of a mean|kernels/cpu/attention_backward.cpp|s/branch\.residual \+ std::log2/branch.residual - std::log2/|property_test'
   'backward: saved rows of a window|kernels/cpu/attention_backward.cpp|s/geometry_\.first_slot\(sequence_\.queries\.begin\)/0/|window_test'
