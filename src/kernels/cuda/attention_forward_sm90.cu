@@ -41,6 +41,7 @@ void branches_forward(const ForwardCall& call, const Plan& plan, cudaStream_t st
         .first_tile = decision.forward_tiles[first_rank],
         .num_tiles = (decision.forward_tiles[last_rank] - decision.forward_tiles[first_rank]) *
                      problem.num_heads,
+        .value = tensors.value,
         .branch_out = call.branch_out,
         .branch_lse = tensors.branch_lse,
         .branch_sums = call.branch_sums,

@@ -1,8 +1,8 @@
 // Forward on Hopper (semantics §4). One tile of work is a block of query rows of one class of one
 // (branch, sequence, segment, head); its keys pass by in tiles of 128:
 //   S = Q K^T,  P = 2^(factor (S - max)),  O = shrink O + P V
-// One warp looks up what tiles are, one loads by bulk tensor copies; each other warpgroup owns 64
-// query rows and overlaps the product S of a tile with the softmax of that before.
+// One warp looks up what tiles are, one loads by bulk tensor copies, one clears values that nobody may
+// see; each other warpgroup owns 64 query rows and overlaps the product S of a tile with the softmax of that before.
 // A branch writes partial results; or, a dense branch that is the first of the merge and whose rows
 // are all rows, merges those of the others and writes O and the log-sum-exp (kMerges).
 #pragma once
@@ -28,8 +28,6 @@ class Consumer {
   using Shared = ForwardShared<Element, kHeadDim>;
   static constexpr int kDepth = 16;
   static constexpr int kScores = Tiles::kKeys / 2;
-  static constexpr int kThreads = 128 * Tiles::kWarpgroups;  // of all warpgroups like this
-  static constexpr int kPieces = kPanelColumns * sizeof(Element) / 16;
 
  public:
   __device__ Consumer(const ForwardArguments& arguments, Shared& shared)
@@ -66,9 +64,8 @@ class Consumer {
   __device__ int row(const QueryTile& tile, int i) const {
     return tile.first + first_row_ + thread_ / 32 * 16 + thread_ % 32 / 4 + 8 * i;
   }
-  /// Keys of a row, counted from the tile's first.
   __device__ int seen(const QueryTile& tile, int row) const {
-    return (kCausal ? min(tile.keys_last, row + 1) : tile.keys_last) - tile.keys_first;
+    return tile.template seen<kCausal>(row);
   }
 
   __device__ void score(float (&scores)[kScores]) {
@@ -101,114 +98,24 @@ class Consumer {
     commit_products();
   }
 
-  /// 16 bytes of row `key` of the value tile at hand; which of a panel's columns is left open.
-  __device__ uint4& value_piece(int key, int piece) {
-    auto* const panel =
-        reinterpret_cast<uint4*>(shared_.value[values_.stage][piece / kPieces]) + key * kPieces;
-    return panel[piece % kPieces];
-  }
-  __device__ float value_at(int key, int column) const {
-    const int piece = column % kPanelColumns / 8 ^ key % 8;  // swizzled
-    return float_of(shared_.value[values_.stage][column / kPanelColumns]
-                                 [key * kPanelColumns + 8 * piece + column % 8]);
-  }
-
-  /// Waits for the values of key tile n. 0 * NaN must reach nobody: what lies beyond the keys is
-  /// cleared, and so are rows that are not finite where causal rows do not see them; rows that do
-  /// get their part of those here. Returns whether acc_ holds a sum.
-  __device__ bool wait_for_values(const QueryTile& tile, int n,
-                                  const std::uint32_t (&probabilities)[kScores / 8][4],
-                                  bool accumulate) {
-    shared_.value_full[values_.stage].wait(values_.parity);
-    const int everyone_sees = seen(tile, tile.first) - n * Tiles::kKeys;
-    if (everyone_sees >= Tiles::kKeys) {
-      return accumulate;
-    }
-    const int thread = first_row_ * 2 + thread_;
-    if constexpr (!kCausal) {
-      for (int i = everyone_sees * kPieces + thread; i < Tiles::kKeys * kPieces; i += kThreads) {
-#pragma unroll
-        for (int panel = 0; panel < Tiles::kPanels; ++panel) {
-          value_piece(i / kPieces, panel * kPieces + i % kPieces) = uint4{0, 0, 0, 0};
-        }
-      }
-      fence_async_proxy();
-      named_barrier(1, kThreads);
-      return accumulate;
-    } else {
-      bool is_bad = false;
-#pragma unroll
-      for (int i = 0; i < Tiles::kPanels * Tiles::kKeys * kPieces; i += kThreads) {
-        if ((Tiles::kPanels * Tiles::kKeys * kPieces) % kThreads == 0 ||
-            i + thread < Tiles::kPanels * Tiles::kKeys * kPieces) {
-          const int at = i + thread;
-          is_bad |= has_bad<Element>(value_piece(
-              at / kPieces % Tiles::kKeys, at / (Tiles::kKeys * kPieces) * kPieces + at % kPieces));
-        }
-      }
-      if (!barrier_or(1, kThreads, is_bad)) {
-        return accumulate;
-      }
-      add_bad_values(tile, n, probabilities, accumulate);
-      return true;
-    }
-  }
-
-  __device__ bool is_bad_value(int key) {
-    constexpr int kRowPieces = Tiles::kPanels * kPieces;
-    const int piece = thread_ % kRowPieces;
-    return __any_sync(0xFFFFFFFFu, has_bad<Element>(value_piece(key, piece))) != 0;
-  }
-
-  __device__ void add_bad_values(const QueryTile& tile, int n,
-                                 const std::uint32_t (&probabilities)[kScores / 8][4],
-                                 bool accumulate) {
-    std::uint32_t copy[kScores / 2];
-#pragma unroll
-    for (int i = 0; i < kScores / 2; ++i) {
-      copy[i] = probabilities[i / 4][i % 4];
-    }
-    if (!accumulate) {
-#pragma unroll
-      for (float& sum : acc_) {
-        sum = 0.0f;
-      }
-    }
+  /// What guard() took away: values that are not finite and that a row sees. Their weight does not
+  /// matter.
+  __device__ void add_bad_values(const QueryTile& tile) {
+    const auto values = rows_of(arguments_.value, tile.batch,
+                                tile.head / arguments_.call.heads_per_kv_head);
+    const auto step = static_cast<int>(arguments_.call.branches[tile.branch].dilation);
 #pragma unroll 1
-    for (int key = 0; key < Tiles::kKeys; ++key) {
-      if (!is_bad_value(key)) {
-        continue;
-      }
-      const int holder = (thread_ % 32 & ~3) + key % 8 / 2;
+    for (int key = tile.keys_first + max(0, seen(tile, tile.first)); key < tile.keys_last; ++key) {
+      const auto* const value = reinterpret_cast<const Element*>(
+          values.row(std::int64_t{tile.key_row + key} * step + tile.key_residue));
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const std::uint32_t pair = copy[key / 16 * 4 + key % 16 / 8 * 2 + i];
-        Element half;
-        reinterpret_cast<std::uint16_t&>(half) =
-            static_cast<std::uint16_t>(key % 2 == 0 ? pair : pair >> 16);
-        const float weight = __shfl_sync(0xFFFFFFFFu, float_of(half), holder);
-        if (n * Tiles::kKeys + key >= seen(tile, row(tile, i))) {
-          continue;
-        }
-#pragma unroll
-        for (int j = 0; j < kHeadDim / 8; ++j) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            acc_[4 * j + 2 * i + e] += weight * value_at(key, 8 * j + thread_ % 4 * 2 + e);
-          }
+      for (int i = 0; i < kHeadDim / 2; ++i) {
+        const float x = float_of(value[i / 4 * 8 + thread_ % 4 * 2 + i % 2]);
+        if (!isfinite(x) && key <= row(tile, i / 2 % 2)) {
+          acc_[i] += x;
         }
       }
     }
-    named_barrier(1, kThreads);
-    const int warp = first_row_ / 16 + thread_ / 32;
-#pragma unroll 1
-    for (int key = warp; key < Tiles::kKeys; key += kThreads / 32) {
-      if (is_bad_value(key) && thread_ % 32 < Tiles::kPanels * kPieces) {
-        value_piece(key, thread_ % 32) = uint4{0, 0, 0, 0};
-      }
-    }
-    fence_async_proxy();
-    named_barrier(1, kThreads);
   }
 
   template <bool kMasked>
@@ -257,13 +164,9 @@ class Consumer {
     pack_operands<Element>(scores, probabilities);
 
     const auto step = [&]<bool kMasked>(int n) {
-      bool accumulate = n < count - 2;
-      if constexpr (kMasked) {
-        accumulate = wait_for_values(tile, n + 1, probabilities, accumulate);
-      }
       score(scores);
-      shared_.value_full[values_.stage].wait(values_.parity);
-      add_values(probabilities, accumulate);
+      shared_.value_clean[values_.stage].wait(values_.parity);
+      add_values(probabilities, n < count - 2);
       wait_products<1>();
       pin(scores);
       arrive(shared_.key_empty[keys_.stage]);
@@ -279,9 +182,8 @@ class Consumer {
       }
       pack_operands<Element>(scores, probabilities);
     };
-    // A step adds the values of the tile before.
     int n = count - 2;
-    for (; n >= max(0, plain - 1); --n) {
+    for (; n >= plain; --n) {
       step.template operator()<true>(n);
     }
     for (; n >= 0; --n) {
@@ -289,12 +191,15 @@ class Consumer {
     }
     arrive(shared_.query_empty);
 
-    const bool accumulate = wait_for_values(tile, 0, probabilities, count > 1);
-    add_values(probabilities, accumulate);
+    shared_.value_clean[values_.stage].wait(values_.parity);
+    add_values(probabilities, count > 1);
     wait_products<0>();
     pin(acc_);
     arrive(shared_.value_empty[values_.stage]);
     values_.step();
+    if (kCausal && tile.has_bad_values) {
+      add_bad_values(tile);
+    }
   }
 
   __device__ void finish(const QueryTile& tile) {
@@ -430,11 +335,12 @@ __global__ void __launch_bounds__(ForwardTiles<kHeadDim>::kThreads, 1)
       shared.key_full[i].init(1);
       shared.key_empty[i].init(kWarps);
       shared.value_full[i].init(1);
+      shared.value_clean[i].init(1);
       shared.value_empty[i].init(kWarps);
     }
     for (int i = 0; i < 2; ++i) {
       shared.tile_full[i].init(1);
-      shared.tile_empty[i].init(kWarps + 1);  // and the producer
+      shared.tile_empty[i].init(kWarps + 2);  // and the producer and the guard
     }
     fence_barrier_init();
   }
@@ -445,6 +351,8 @@ __global__ void __launch_bounds__(ForwardTiles<kHeadDim>::kThreads, 1)
       produce(arguments, shared);
     } else if (threadIdx.x == 32) {
       schedule<Element, kHeadDim, kCausal>(arguments, shared);
+    } else if (threadIdx.x / 32 == 2) {
+      guard<Element, kHeadDim, kCausal>(shared);
     }
   } else {
     take_registers<Tiles::kConsumerRegisters>();

@@ -6,11 +6,13 @@
 
 #include "src/kernels/cuda/device/piece.cuh"
 #include "src/kernels/cuda/device/ptx.cuh"
+#include "src/kernels/cuda/device/softmax.cuh"
 #include "src/kernels/cuda/tensor_map.cuh"
 
 namespace dilated::gpu::sm90 {
 
 inline constexpr int kPanelColumns = 64;  // 128 bytes, what one swizzled row of shared memory holds
+inline constexpr int kRowPieces = 8;       // of 16 bytes
 
 struct BranchMaps {
   DilatedMaps query, key, value;
@@ -23,6 +25,7 @@ struct ForwardArguments {
   int num_groups;
   std::int64_t first_tile;  // of these groups
   std::int64_t num_tiles;   // of all heads
+  ConstTensorView value;
   TensorView branch_out;
   TensorView branch_lse;
   float2* branch_sums;
@@ -58,9 +61,15 @@ struct QueryTile {
   std::int64_t length;  // of the sequence
   std::int64_t position;
   bool is_end;
+  bool has_bad_values;  // see guard()
 
   __device__ int key_tiles(int keys_per_tile) const {
     return (max(0, keys_last - keys_first) + keys_per_tile - 1) / keys_per_tile;
+  }
+  /// Keys of a row, counted from the tile's first.
+  template <bool kCausal>
+  __device__ int seen(int row) const {
+    return (kCausal ? min(keys_last, row + 1) : keys_last) - keys_first;
   }
 };
 
@@ -72,7 +81,7 @@ struct alignas(1024) ForwardShared {
   Element value[Tiles::kStages][Tiles::kPanels][Tiles::kKeys * kPanelColumns];
   Barrier query_full, query_empty;
   Barrier key_full[Tiles::kStages], key_empty[Tiles::kStages];
-  Barrier value_full[Tiles::kStages], value_empty[Tiles::kStages];
+  Barrier value_full[Tiles::kStages], value_clean[Tiles::kStages], value_empty[Tiles::kStages];
   Barrier tile_full[2], tile_empty[2];
   QueryTile tile[2];
 };
@@ -123,6 +132,7 @@ __device__ inline bool find_tile(const ForwardArguments& arguments, std::int64_t
   tile.length = piece.sequence.length;
   tile.position = piece.position(0);
   tile.is_end = false;
+  tile.has_bad_values = false;
   return true;
 }
 
@@ -230,6 +240,59 @@ __device__ inline void produce(const ForwardArguments& arguments,
       load_value(0);
     }
     shared.tile_empty[queue.stage].arrive();
+    queue.step();
+  }
+}
+
+/// One warp hands every value tile on. 0 * NaN must reach nobody: it clears what lies beyond the keys,
+/// and what is not finite where causal rows do not see it; rows that do get that back in the end.
+template <typename Element, int kHeadDim, bool kCausal>
+__device__ inline void guard(ForwardShared<Element, kHeadDim>& shared) {
+  using Tiles = ForwardTiles<kHeadDim>;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  Ring<Tiles::kStages> values;
+  Ring<2> queue;
+  for (;;) {
+    shared.tile_full[queue.stage].wait(queue.parity);
+    QueryTile& tile = shared.tile[queue.stage];
+    if (tile.is_end) {
+      return;
+    }
+    const int everyone_sees = tile.seen<kCausal>(tile.first);
+    const int someone_sees = tile.keys_last - tile.keys_first;
+    for (int n = tile.key_tiles(Tiles::kKeys) - 1; n >= 0; --n) {
+      shared.value_full[values.stage].wait(values.parity);
+      const int begin = max(0, everyone_sees - n * Tiles::kKeys);
+      const int end = someone_sees - n * Tiles::kKeys;
+      if (begin < Tiles::kKeys) {
+        bool is_bad = false;
+        for (int i = begin * kRowPieces + lane; i < Tiles::kKeys * kRowPieces; i += 32) {
+#pragma unroll
+          for (int panel = 0; panel < Tiles::kPanels; ++panel) {
+            uint4& piece = reinterpret_cast<uint4*>(shared.value[values.stage][panel])[i];
+            if (i >= end * kRowPieces) {
+              piece = uint4{0, 0, 0, 0};
+            } else if (kCausal && has_bad<Element>(piece)) {
+              clear_bad<Element>(piece);
+              is_bad = true;
+            }
+          }
+        }
+        if (is_bad) {
+          tile.has_bad_values = true;
+        }
+        fence_async_proxy();
+      }
+      __syncwarp();
+      if (lane == 0) {
+        shared.value_clean[values.stage].arrive();
+      }
+      values.step();
+    }
+    __syncwarp();
+    if (lane == 0) {
+      shared.tile_empty[queue.stage].arrive();
+    }
     queue.step();
   }
 }
