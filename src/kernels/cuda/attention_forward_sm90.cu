@@ -36,19 +36,20 @@ void branches_forward(const ForwardCall& call, const Plan& plan, cudaStream_t st
     ForwardArguments arguments{
         .call = call.call,
         .maps = {},
-        .groups = call.call.forward_groups + first_rank * sequences,
-        .num_groups = static_cast<int>((last_rank - first_rank) * sequences),
-        .first_tile = decision.forward_tiles[first_rank],
-        .num_tiles = (decision.forward_tiles[last_rank] - decision.forward_tiles[first_rank]) *
-                     problem.num_heads,
+        .range = {.groups = call.call.forward_groups + first_rank * sequences,
+                  .num_groups = static_cast<int>((last_rank - first_rank) * sequences),
+                  .first_tile = decision.forward_tiles[first_rank],
+                  .num_tiles =
+                      (decision.forward_tiles[last_rank] - decision.forward_tiles[first_rank]) *
+                      problem.num_heads,
+                  .ticket = ticket},
         .value = tensors.value,
         .branch_out = call.branch_out,
         .branch_lse = tensors.branch_lse,
         .branch_sums = call.branch_sums,
         .out = tensors.out,
         .lse = tensors.lse,
-        .lse_residual = tensors.lse_residual,
-        .ticket = ticket};
+        .lse_residual = tensors.lse_residual};
     for (std::size_t rank = first_rank; rank < last_rank; ++rank) {
       const std::size_t branch = decision.branch_order[rank];
       const std::int64_t dilation = problem.branches[branch].dilation;

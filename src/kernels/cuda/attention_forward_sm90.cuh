@@ -37,34 +37,18 @@ class Consumer {
         first_row_(static_cast<int>(threadIdx.x) / 128 * 64 - 64) {}
 
   __device__ void run() {
-    Ring<2> queue;
-    for (;;) {
-      shared_.tile_full[queue.stage].wait(queue.parity);
-      const QueryTile& tile = shared_.tile[queue.stage];
-      if (tile.is_end) {
-        return;
-      }
+    shared_.tiles.read([this](const Tile& tile) {
       attend(tile);
       finish(tile);
-      arrive(shared_.tile_empty[queue.stage]);
-      queue.step();
-    }
+    });
   }
 
  private:
-  /// Of one warp, after all its threads have come here.
-  __device__ void arrive(Barrier& barrier) {
-    __syncwarp();
-    if (thread_ % 32 == 0) {
-      barrier.arrive();
-    }
-  }
-
   /// Row of the class that holds this thread's elements 4 j + 2 i.
-  __device__ int row(const QueryTile& tile, int i) const {
-    return tile.first + first_row_ + thread_ / 32 * 16 + thread_ % 32 / 4 + 8 * i;
+  __device__ int row(const Tile& tile, int i) const {
+    return tile.queries.first + first_row_ + thread_ / 32 * 16 + thread_ % 32 / 4 + 8 * i;
   }
-  __device__ int seen(const QueryTile& tile, int row) const {
+  __device__ int seen(const Tile& tile, int row) const {
     return tile.template seen<kCausal>(row);
   }
 
@@ -100,12 +84,12 @@ class Consumer {
 
   /// What guard() took away: values that are not finite and that a row sees. Their weight does not
   /// matter.
-  __device__ void add_bad_values(const QueryTile& tile) {
+  __device__ void add_bad_values(const Tile& tile) {
     const auto values = rows_of(arguments_.value, tile.batch,
                                 tile.head / arguments_.call.heads_per_kv_head);
     const auto step = static_cast<int>(arguments_.call.branches[tile.branch].dilation);
 #pragma unroll 1
-    for (int key = tile.keys_first + max(0, seen(tile, tile.first)); key < tile.keys_last; ++key) {
+    for (int key = tile.keys.first + max(0, seen(tile, tile.queries.first)); key < tile.keys.last; ++key) {
       const auto* const value = reinterpret_cast<const Element*>(
           values.row(std::int64_t{tile.key_row + key} * step + tile.key_residue));
 #pragma unroll
@@ -119,7 +103,7 @@ class Consumer {
   }
 
   template <bool kMasked>
-  __device__ float2 softmax(const QueryTile& tile, float (&scores)[kScores], int n) {
+  __device__ float2 softmax(const Tile& tile, float (&scores)[kScores], int n) {
     const float sign = arguments_.call.units.sign();
     if (sign != 1.0f) {
 #pragma unroll
@@ -138,11 +122,11 @@ class Consumer {
     return tile_softmax<kMasked>(scores, sums_, arguments_.call.units.factor());
   }
 
-  __device__ void attend(const QueryTile& tile) {
+  __device__ void attend(const Tile& tile) {
     float scores[kScores];
     std::uint32_t probabilities[kScores / 8][4];
     sums_ = RowSums{};
-    const int count = tile.key_tiles(Tiles::kKeys);
+    const int count = tile.keys.tiles(Tiles::kKeys);
     if (count == 0) {
 #pragma unroll
       for (float& sum : acc_) {
@@ -151,14 +135,14 @@ class Consumer {
       return;
     }
     // Every row sees the key tiles below this one.
-    const int plain = max(0, seen(tile, tile.first)) / Tiles::kKeys;
+    const int plain = max(0, seen(tile, tile.queries.first)) / Tiles::kKeys;
 
     shared_.query_full.wait(queries_.parity);
     queries_.step();
     score(scores);
     wait_products<0>();
     pin(scores);
-    arrive(shared_.key_empty[keys_.stage]);
+    arrive_warp(shared_.key_empty[keys_.stage]);
     keys_.step();
     softmax<true>(tile, scores, count - 1);
     pack_operands<Element>(scores, probabilities);
@@ -169,12 +153,12 @@ class Consumer {
       add_values(probabilities, n < count - 2);
       wait_products<1>();
       pin(scores);
-      arrive(shared_.key_empty[keys_.stage]);
+      arrive_warp(shared_.key_empty[keys_.stage]);
       keys_.step();
       const float2 shrink = softmax<kMasked>(tile, scores, n);
       wait_products<0>();
       pin(acc_);
-      arrive(shared_.value_empty[values_.stage]);
+      arrive_warp(shared_.value_empty[values_.stage]);
       values_.step();
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) {
@@ -189,20 +173,20 @@ class Consumer {
     for (; n >= 0; --n) {
       step.template operator()<false>(n);
     }
-    arrive(shared_.query_empty);
+    arrive_warp(shared_.query_empty);
 
     shared_.value_clean[values_.stage].wait(values_.parity);
     add_values(probabilities, count > 1);
     wait_products<0>();
     pin(acc_);
-    arrive(shared_.value_empty[values_.stage]);
+    arrive_warp(shared_.value_empty[values_.stage]);
     values_.step();
     if (kCausal && tile.has_bad_values) {
       add_bad_values(tile);
     }
   }
 
-  __device__ void finish(const QueryTile& tile) {
+  __device__ void finish(const Tile& tile) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const ScaledSum<float> total = {sums_.max[i], quad_sum(sums_.sum[i])};
@@ -212,7 +196,7 @@ class Consumer {
         acc_[4 * j + 2 * i] *= inverse;
         acc_[4 * j + 2 * i + 1] *= inverse;
       }
-      if (row(tile, i) >= tile.last) {
+      if (row(tile, i) >= tile.queries.last) {
         continue;
       }
       if constexpr (kMerges) {
@@ -223,12 +207,12 @@ class Consumer {
     }
   }
 
-  __device__ std::int64_t sum_row(const QueryTile& tile, std::int64_t slot) const {
+  __device__ std::int64_t sum_row(const Tile& tile, std::int64_t slot) const {
     const Call& call = arguments_.call;
     return (std::int64_t{tile.batch} * call.num_heads + tile.head) * call.branch_rows + slot;
   }
 
-  __device__ void write_partial(const QueryTile& tile, int i, const ScaledSum<float>& total) {
+  __device__ void write_partial(const Tile& tile, int i, const ScaledSum<float>& total) {
     const std::int64_t slot = tile.saved + row(tile, i);
     float* const out =
         saved_rows(arguments_.branch_out, tile.batch, tile.head).row(slot) + thread_ % 4 * 2;
@@ -249,7 +233,7 @@ class Consumer {
 
   /// Slot of position `p` in the results of the branch of a rank; -1 if the head does not see it
   /// there. Queries are whole sequences.
-  __device__ std::int64_t partial_slot(const QueryTile& tile, int rank, int p) const {
+  __device__ std::int64_t partial_slot(const Tile& tile, int rank, int p) const {
     const Call& call = arguments_.call;
     const TileGroup& group = call.query_groups[rank * call.num_sequences + tile.sequence];
     const auto segment_length =
@@ -265,7 +249,7 @@ class Consumer {
                                            : -1;
   }
 
-  __device__ void write_merged(const QueryTile& tile, int i, ScaledSum<float> total) {
+  __device__ void write_merged(const Tile& tile, int i, ScaledSum<float> total) {
     const Call& call = arguments_.call;
     const int position = static_cast<int>(tile.position) + row(tile, i);
     for (int rank = 1; rank < call.num_branches; ++rank) {
@@ -338,10 +322,7 @@ __global__ void __launch_bounds__(ForwardTiles<kHeadDim>::kThreads, 1)
       shared.value_clean[i].init(1);
       shared.value_empty[i].init(kWarps);
     }
-    for (int i = 0; i < 2; ++i) {
-      shared.tile_full[i].init(1);
-      shared.tile_empty[i].init(kWarps + 2);  // and the producer and the guard
-    }
+    shared.tiles.init(kWarps + 2);  // and the producer and the guard
     fence_barrier_init();
   }
   __syncthreads();
@@ -350,7 +331,9 @@ __global__ void __launch_bounds__(ForwardTiles<kHeadDim>::kThreads, 1)
     if (threadIdx.x == 0) {
       produce(arguments, shared);
     } else if (threadIdx.x == 32) {
-      schedule<Element, kHeadDim, kCausal>(arguments, shared);
+      shared.tiles.write(arguments.range, [&](std::int64_t index, Tile& tile) {
+        return find_tile<kCausal, Tiles::kRows, true>(arguments.call, arguments.range, index, tile);
+      });
     } else if (threadIdx.x / 32 == 2) {
       guard<Element, kHeadDim, kCausal>(shared);
     }
@@ -368,7 +351,7 @@ void launch_forward(const ForwardArguments& arguments, cudaStream_t stream) {
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
         "multiprocessors");
   launch(forward_kernel<Element, kHeadDim, kCausal, kMerges>,
-         {std::min<std::int64_t>(arguments.num_tiles, multiprocessors)},
+         {std::min<std::int64_t>(arguments.range.num_tiles, multiprocessors)},
          ForwardTiles<kHeadDim>::kThreads, sizeof(ForwardShared<Element, kHeadDim>), stream,
          arguments, "forward");
 }

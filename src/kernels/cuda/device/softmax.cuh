@@ -9,7 +9,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "src/kernels/cuda/device/element.cuh"
 #include "src/kernels/cuda/device/ptx.cuh"
 #include "src/merge.h"
 
@@ -81,27 +80,6 @@ __device__ inline void pack_operands(const float (&scores)[kCount],
     for (int i = 0; i < 4; ++i) {
       operands[k][i] = pack<Element>(scores[8 * k + 2 * i], scores[8 * k + 2 * i + 1]);
     }
-  }
-}
-
-/// Whether one of 8 elements is infinite or NaN: a carry out of an exponent of ones.
-template <typename Element>
-__device__ inline bool has_bad(const uint4& eight) {
-  constexpr bool kIsBFloat16 = std::is_same_v<Element, __nv_bfloat16>;
-  constexpr std::uint32_t kExponents = kIsBFloat16 ? 0x7F807F80u : 0x7C007C00u;
-  constexpr std::uint32_t kOne = kIsBFloat16 ? 0x00800080u : 0x04000400u;
-  const auto carry = [](std::uint32_t pair) { return (pair & kExponents) + kOne; };
-  return ((carry(eight.x) | carry(eight.y) | carry(eight.z) | carry(eight.w)) & 0x80008000u) != 0;
-}
-
-/// Zeros in place of those.
-template <typename Element>
-__device__ inline void clear_bad(uint4& eight) {
-  auto* const elements = reinterpret_cast<Element*>(&eight);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const float x = float_of(elements[i]);
-    elements[i] = element_of<Element>(isfinite(x) ? x : 0.0f);
   }
 }
 
