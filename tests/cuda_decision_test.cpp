@@ -142,7 +142,7 @@ Problem hopper_problem() {
   problem.alignment = 16;
   return problem;
 }
-constexpr Target kHopper = {.capability = 90, .has_sm90_forward = true};
+constexpr Target kHopper = {.capability = 90, .has_sm90 = true};
 
 TEST(CudaDecision, HopperForwardOrTheReasonAgainstIt) {
   const auto reason = [](const auto& change, const Target& target) {
@@ -162,7 +162,7 @@ TEST(CudaDecision, HopperForwardOrTheReasonAgainstIt) {
   EXPECT_EQ(reason([](Problem& p) { p.windows = {{{10, 90}, {0, 200}}}; }, kHopper), "");
   EXPECT_EQ(reason([](Problem& p) { p.has_seqused = true; }, kHopper), "");
   EXPECT_EQ(reason(nothing, {.capability = 80}), "compute capability 8.0");
-  EXPECT_EQ(reason(nothing, {.capability = 90, .has_sm90_forward = false}), "not compiled for 90a");
+  EXPECT_EQ(reason(nothing, {.capability = 90, .has_sm90 = false}), "not compiled for 90a");
   EXPECT_EQ(reason([](Problem& p) { p.dtype = DType::kFloat32; }, kHopper), "dtype float32");
   EXPECT_EQ(reason([](Problem& p) { p.head_dim = 96; }, kHopper), "head_dim 96");
   EXPECT_EQ(reason([](Problem& p) { p.alignment = 8; }, kHopper), "alignment of 8 bytes");

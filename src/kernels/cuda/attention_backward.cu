@@ -1,6 +1,7 @@
 // Backward: two numbers per branch row, the sums of all branches (attention_backward_sm80.cuh), and
 // their rounding.
 #include "src/kernels/cuda/attention_backward_sm80.cuh"
+#include "src/kernels/cuda/attention_backward_sm90.h"
 
 namespace dilated::gpu {
 namespace {
@@ -131,7 +132,8 @@ void attention_backward(const Plan& plan, const BackwardTensors& tensors, const 
   const auto& decision = static_cast<const CudaDecision&>(plan.decision());
   const cudaStream_t stream = stream_of(context);
   const DeviceGuard guard(problem.device.index);
-  std::byte* const numbers = context.workspace.data() + decision.table_bytes;
+  std::byte* const tickets = context.workspace.data() + decision.table_bytes;
+  std::byte* const numbers = tickets + decision.tickets;
   std::byte* const sums = numbers + decision.row_numbers;
 
   BackwardArguments arguments{
@@ -165,15 +167,14 @@ void attention_backward(const Plan& plan, const BackwardTensors& tensors, const 
                           .row_numbers = arguments.row_numbers,
                           .tile_rows = decision.tiles.rows},
          "backward: row numbers");
-  switch (problem.dtype) {
-    case DType::kBFloat16:
-      branches_backward<__nv_bfloat16>(arguments, decision, stream);
-      break;
-    case DType::kFloat16:
-      branches_backward<__half>(arguments, decision, stream);
-      break;
-    default:
-      branches_backward<float>(arguments, decision, stream);
+  if (decision.not_sm90.empty() && tensors.dout.dtype == problem.dtype) {
+    sm90::branches_backward(arguments, plan, reinterpret_cast<int*>(tickets), stream);
+  } else if (problem.dtype == DType::kBFloat16) {
+    branches_backward<__nv_bfloat16>(arguments, decision, stream);
+  } else if (problem.dtype == DType::kFloat16) {
+    branches_backward<__half>(arguments, decision, stream);
+  } else {
+    branches_backward<float>(arguments, decision, stream);
   }
   for (int i = 0; i < 3; ++i) {
     if (results[i]->dtype != DType::kFloat32) {

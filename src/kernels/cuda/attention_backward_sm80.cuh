@@ -6,35 +6,12 @@
 // Branches run one after another, longest segments first, and add to float32 sums.
 #pragma once
 
-#include "src/kernels/cuda/call.h"
+#include "src/kernels/cuda/attention_backward.h"
 #include "src/kernels/cuda/device/launch.cuh"
 #include "src/kernels/cuda/device/piece.cuh"
 #include "src/kernels/cuda/device/tile.cuh"
 
 namespace dilated::gpu {
-
-/// Of one row in one branch; base is +inf in rows that contribute nothing.
-struct alignas(16) RowNumbers {
-  float base;
-  float residual;
-  float delta;
-  float unused;
-};
-
-struct BackwardArguments {
-  Call call;
-  ConstTensorView dout;
-  ConstTensorView query;
-  ConstTensorView key;
-  ConstTensorView value;
-  RowNumbers* row_numbers;  // (batch, heads, branch_rows)
-  TensorView dquery;        // float32 sums
-  TensorView dkey;
-  TensorView dvalue;
-  // The branch of this launch.
-  const TileGroup* groups;
-  std::int64_t first_tile;
-};
 
 /// P = 2^(f (S - base) - residual). Product and difference are rounded one by one, as in the
 /// residual itself.

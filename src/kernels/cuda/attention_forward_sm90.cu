@@ -3,26 +3,7 @@
 #include "src/kernels/cuda/attention_forward_sm90.cuh"
 
 namespace dilated::gpu::sm90 {
-namespace {
-
-RowTensor rows_of(const ConstTensorView& view) {
-  constexpr std::int64_t kBytes = 2;
-  return {const_cast<void*>(view.data),  // read only
-          view.shape[0],
-          view.shape[1],
-          view.shape[2],
-          view.shape[3],
-          view.strides[0] * kBytes,
-          view.strides[1] * kBytes,
-          view.strides[2] * kBytes,
-          view.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                         : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-          kBytes};
-}
-
-}  // namespace
-
-bool has_forward() { return true; }
+bool has_kernels() { return true; }
 
 void branches_forward(const ForwardCall& call, const Plan& plan, cudaStream_t stream) {
   const Problem& problem = plan.problem();
@@ -53,9 +34,9 @@ void branches_forward(const ForwardCall& call, const Plan& plan, cudaStream_t st
     for (std::size_t rank = first_rank; rank < last_rank; ++rank) {
       const std::size_t branch = decision.branch_order[rank];
       const std::int64_t dilation = problem.branches[branch].dilation;
-      arguments.maps[branch] = {dilated_maps(rows_of(tensors.query), dilation, query_box),
-                                dilated_maps(rows_of(tensors.key), dilation, key_box),
-                                dilated_maps(rows_of(tensors.value), dilation, key_box)};
+      arguments.maps[branch] = {dilated_maps(row_tensor(tensors.query), dilation, query_box),
+                                dilated_maps(row_tensor(tensors.key), dilation, key_box),
+                                dilated_maps(row_tensor(tensors.value), dilation, key_box)};
     }
     const auto launches =
         problem.dtype == DType::kBFloat16 ? run_forward<__nv_bfloat16> : run_forward<__half>;

@@ -345,13 +345,8 @@ __global__ void __launch_bounds__(ForwardTiles<kHeadDim>::kThreads, 1)
 
 template <typename Element, int kHeadDim, bool kCausal, bool kMerges>
 void launch_forward(const ForwardArguments& arguments, cudaStream_t stream) {
-  int device = 0;
-  int multiprocessors = 0;
-  check(cudaGetDevice(&device), "device");
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-        "multiprocessors");
   launch(forward_kernel<Element, kHeadDim, kCausal, kMerges>,
-         {std::min<std::int64_t>(arguments.range.num_tiles, multiprocessors)},
+         {std::min<std::int64_t>(arguments.range.num_tiles, count_multiprocessors())},
          ForwardTiles<kHeadDim>::kThreads, sizeof(ForwardShared<Element, kHeadDim>), stream,
          arguments, "forward");
 }

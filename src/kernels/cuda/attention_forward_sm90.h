@@ -7,8 +7,8 @@
 
 namespace dilated::gpu::sm90 {
 
-/// Whether this build holds the kernel.
-bool has_forward();
+/// Whether this build holds the kernels of sm_90a.
+bool has_kernels();
 
 struct ForwardCall {
   Call call;

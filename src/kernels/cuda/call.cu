@@ -79,6 +79,10 @@ Call begin_call(const Plan& plan, const Masks& masks, const Context& context) {
           .query_groups = reinterpret_cast<const TileGroup*>(base + decision.at.query_groups),
           .forward_groups = reinterpret_cast<const TileGroup*>(base + decision.at.forward_groups),
           .key_groups = reinterpret_cast<const TileGroup*>(base + decision.at.key_groups),
+          .backward_query_groups =
+              reinterpret_cast<const TileGroup*>(base + decision.at.backward_query_groups),
+          .backward_key_groups =
+              reinterpret_cast<const TileGroup*>(base + decision.at.backward_key_groups),
           .row_groups = reinterpret_cast<const TileGroup*>(base + decision.at.row_groups),
           .num_sequences = static_cast<int>(plan.sequences().size()),
           .num_branches = static_cast<int>(problem.branches.size()),

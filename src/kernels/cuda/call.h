@@ -20,6 +20,8 @@ struct Call {
   const TileGroup* query_groups;
   const TileGroup* forward_groups;  // like query_groups, in tiles of the Hopper forward
   const TileGroup* key_groups;
+  const TileGroup* backward_query_groups;  // like query_groups and key_groups, in tiles of the
+  const TileGroup* backward_key_groups;    // Hopper backward
   const TileGroup* row_groups;
   int num_sequences;
   int num_branches;

@@ -68,7 +68,7 @@ std::shared_ptr<const Decision> decide(const Plan& plan) {
   return std::make_shared<gpu::CudaDecision>(
       plan, gpu::Target{.capability = device.capability != 0 ? device.capability
                                                              : capability_of(device.index),
-                        .has_sm90_forward = gpu::sm90::has_forward()});
+                        .has_sm90 = gpu::sm90::has_kernels()});
 }
 
 }  // namespace

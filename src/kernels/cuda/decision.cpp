@@ -63,13 +63,13 @@ int padded(std::int64_t head_dim) {
   return 0;  // rejected
 }
 
-/// What keeps a problem from the Hopper forward.
+/// What keeps a problem from the Hopper kernels.
 std::string reason_against_sm90(const Plan& plan, const Target& target) {
   const Problem& problem = plan.problem();
   if (target.capability != 90) {
     return fmt::format("compute capability {}.{}", target.capability / 10, target.capability % 10);
   }
-  if (!target.has_sm90_forward) {
+  if (!target.has_sm90) {
     return "not compiled for 90a";
   }
   if (problem.dtype != DType::kBFloat16 && problem.dtype != DType::kFloat16) {
@@ -144,19 +144,33 @@ CudaDecision::CudaDecision(const Plan& plan, const Target& target)
         key_tiles.back());
   }
   std::vector<TileGroup> forward_groups;
+  std::vector<TileGroup> backward_query_groups;
+  std::vector<TileGroup> backward_key_groups;
   if (not_sm90.empty()) {
     merges_in_dense = can_merge_in_dense(plan, branch_order.front());
-    forward_tiles = {0};
+    forward_tiles = backward_query_tiles = backward_key_tiles = {0};
     for (const std::size_t branch : branch_order) {
       forward_tiles.push_back(forward_tiles.back());
       add_groups(
           plan, branch, forward_rows(static_cast<int>(problem.head_dim)),
           [](const Sequence& s) { return s.queries; }, forward_groups, forward_tiles.back());
+      backward_query_tiles.push_back(backward_query_tiles.back());
+      add_groups(
+          plan, branch, kBackwardRows, [](const Sequence& s) { return s.queries; },
+          backward_query_groups, backward_query_tiles.back());
+      backward_key_tiles.push_back(backward_key_tiles.back());
+      add_groups(
+          plan, branch, kBackwardRows, [](const Sequence& s) { return s.keys; },
+          backward_key_groups, backward_key_tiles.back());
     }
-    if (forward_tiles.back() * problem.num_heads >= std::int64_t{1} << 31) {
+    const std::int64_t most =
+        std::max({forward_tiles.back(), backward_query_tiles.back(), backward_key_tiles.back()});
+    if (most * problem.num_heads >= std::int64_t{1} << 31) {
       not_sm90 = "2^31 tiles or more";
       merges_in_dense = false;
       forward_groups.clear();
+      backward_query_groups.clear();
+      backward_key_groups.clear();
     }
   }
   std::vector<TileGroup> row_groups;
@@ -171,12 +185,16 @@ CudaDecision::CudaDecision(const Plan& plan, const Target& target)
   at.query_groups = append(tables, query_groups);
   at.key_groups = append(tables, key_groups);
   at.forward_groups = append(tables, forward_groups);
+  at.backward_query_groups = append(tables, backward_query_groups);
+  at.backward_key_groups = append(tables, backward_key_groups);
   at.row_groups = append(tables, row_groups);
 
   const std::int64_t rows = problem.batch * problem.num_heads * plan.branch_rows();
   const bool rounds = problem.dtype != DType::kFloat32;
   table_bytes = whole_pieces(static_cast<std::int64_t>(tables.size()));
-  tickets = not_sm90.empty() ? kPiece : 0;
+  tickets = not_sm90.empty()
+                ? whole_pieces(2 * static_cast<std::int64_t>(sizeof(int) * branch_order.size()))
+                : 0;
   branch_sums = whole_pieces(rows * 8);
   branch_out = whole_pieces(rows * 4 * problem.head_dim);
   row_numbers = whole_pieces(rows * 16);
@@ -190,7 +208,7 @@ CudaDecision::CudaDecision(const Plan& plan, const Target& target)
 
 std::int64_t CudaDecision::workspace_bytes(Pass pass) const {
   return pass == Pass::kForward ? table_bytes + tickets + branch_sums + branch_out
-                                : table_bytes + row_numbers + query_gradient + 2 * key_gradient;
+                                : table_bytes + tickets + row_numbers + query_gradient + 2 * key_gradient;
 }
 
 std::string CudaDecision::to_string() const {
@@ -203,11 +221,14 @@ std::string CudaDecision::to_string() const {
                         kForwardKeys, forward_tiles.back(), merge)
           : fmt::format("sm_80 ({}), tiles {} x {}, {} per head; {}", not_sm90, tiles.rows,
                         tiles.forward_columns, query_tiles.back(), merge);
-  return fmt::format(
-      "head_dim      as {}\nbranch order  [{}]\nforward       {}\n"
-      "backward      sm_80, tiles {} x {}, {} + {} per head\n",
-      padded_head_dim, fmt::join(branch_order, ", "), forward, tiles.rows, tiles.backward_columns,
-      query_tiles.back(), key_tiles.back());
+  const std::string backward =
+      not_sm90.empty()
+          ? fmt::format("sm_90a (sm_80 if gradients come in float32), tiles {}, {} + {} per head",
+                        kBackwardRows, backward_query_tiles.back(), backward_key_tiles.back())
+          : fmt::format("sm_80 ({}), tiles {} x {}, {} + {} per head", not_sm90, tiles.rows,
+                        tiles.backward_columns, query_tiles.back(), key_tiles.back());
+  return fmt::format("head_dim      as {}\nbranch order  [{}]\nforward       {}\nbackward      {}\n",
+                     padded_head_dim, fmt::join(branch_order, ", "), forward, backward);
 }
 
 }  // namespace dilated::gpu

@@ -34,11 +34,13 @@ constexpr TileShape tile_shape(int row_bytes) {
 constexpr int forward_rows(int head_dim) { return head_dim <= 64 ? 192 : 128; }
 inline constexpr int kForwardKeys = 128;
 inline constexpr std::int64_t kMostBranches = 8;
+/// Backward there: query rows of a tile for dQ, key rows for dK and dV.
+inline constexpr int kBackwardRows = 128;
 
 /// Which kernels there are to choose from.
 struct Target {
   std::int64_t capability = 80;  // 10 * major + minor
-  bool has_sm90_forward = true;  // built
+  bool has_sm90 = true;          // built
 };
 
 /// Tiles of one branch on one sequence, or of all rows of one sequence. A sequence that is cut
@@ -65,11 +67,13 @@ struct TableOffsets {
   std::int64_t query_groups = 0;    // TileGroup per (rank of branch, sequence), tiles of query rows
   std::int64_t key_groups = 0;      // the same, tiles of key rows
   std::int64_t forward_groups = 0;  // like query_groups, in tiles of the Hopper forward
-  std::int64_t row_groups = 0;      // TileGroup per sequence: all of its query rows
+  std::int64_t backward_query_groups = 0;  // like query_groups and key_groups, in tiles of the
+  std::int64_t backward_key_groups = 0;    // Hopper backward
+  std::int64_t row_groups = 0;             // TileGroup per sequence: all of its query rows
 };
 
 struct CudaDecision final : Decision {
-  /// Why forward runs the sm_80 kernel; empty: it runs that of sm_90a.
+  /// Why the sm_80 kernels run; empty: those of sm_90a.
   std::string not_sm90;
   /// The first branch of the merge is dense and runs in every head: its kernel merges the others.
   bool merges_in_dense;
@@ -82,14 +86,16 @@ struct CudaDecision final : Decision {
   // Tiles before each rank of branch_order, and in all.
   std::vector<std::int64_t> query_tiles;
   std::vector<std::int64_t> key_tiles;
-  std::vector<std::int64_t> forward_tiles;  // of sm_90a
+  std::vector<std::int64_t> forward_tiles;         // of sm_90a
+  std::vector<std::int64_t> backward_query_tiles;  // of sm_90a
+  std::vector<std::int64_t> backward_key_tiles;    // of sm_90a
   std::int64_t row_tiles;
   std::vector<std::byte> tables;
   TableOffsets at;
 
   // Workspace, each piece in bytes. Tables come first.
   std::int64_t table_bytes;
-  std::int64_t tickets;         // forward on sm_90a: which tile is next
+  std::int64_t tickets;         // on sm_90a: which tile is next, two launches per branch
   std::int64_t branch_sums;     // forward: (max, sum) of every branch row
   std::int64_t branch_out;      // forward: O_b of every branch row, float32
   std::int64_t row_numbers;     // backward: (base, residual, delta) of every branch row

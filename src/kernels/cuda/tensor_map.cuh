@@ -13,6 +13,8 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include "dilated/tensor_view.h"
+
 #include "src/geometry.h"
 
 namespace dilated::gpu {
@@ -25,6 +27,22 @@ struct RowTensor {
   CUtensorMapDataType type;
   std::int64_t element;  // bytes
 };
+
+/// Of 16-bit elements.
+inline RowTensor row_tensor(const ConstTensorView& view) {
+  constexpr std::int64_t kBytes = 2;
+  return {const_cast<void*>(view.data),  // read only
+          view.shape[0],
+          view.shape[1],
+          view.shape[2],
+          view.shape[3],
+          view.strides[0] * kBytes,
+          view.strides[1] * kBytes,
+          view.strides[2] * kBytes,
+          view.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                         : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+          kBytes};
+}
 
 struct MapOptions {
   std::uint32_t box_rows = 128;

@@ -15,6 +15,15 @@ inline cudaStream_t stream_of(const Context& context) {
   return static_cast<cudaStream_t>(context.stream);
 }
 
+/// Of the current device.
+inline int count_multiprocessors() {
+  int device = 0;
+  int count = 0;
+  check(cudaGetDevice(&device), "device");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
+  return count;
+}
+
 /// Blocks of a launch: x up to 2^31 - 1, y up to 65535. Nothing is launched for none.
 struct Grid {
   std::int64_t x;

@@ -1,0 +1,445 @@
+// Backward on Hopper (semantics §6; docs/architecture.md, "Backward in one form"), without atomics, in
+// seven products instead of five: every gradient row has one block per branch that sums it in order.
+//   query rows stay:  S = Q K^T      dP = dO V^T      dQ += dS K
+//   key rows stay:    S^T = K Q^T    dP^T = V dO^T    dV += P^T dO     dK += dS^T Q
+// Two warpgroups own 64 rows each of what stays, so that one multiplies while the other computes
+// probabilities; warps of a third look up, load and guard (backward_tiles_sm90.cuh).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "src/kernels/cuda/backward_tiles_sm90.cuh"
+#include "src/kernels/cuda/device/launch.cuh"
+#include "src/kernels/cuda/device/softmax.cuh"
+#include "src/kernels/cuda/device/wgmma.cuh"
+
+namespace dilated::gpu::sm90 {
+
+inline constexpr int kDepth = 16;
+
+/// acc = a b^T: 64 rows of `a` from `first_row` on with all rows of `b`, both as loaded.
+template <typename Element, int kPanels, int kRowsA, int kRowsB>
+__device__ inline void multiply_rows(float (&acc)[kRowsB / kPanelColumns / 2],
+                                     Element (&a)[kPanels][kRowsA], int first_row,
+                                     Element (&b)[kPanels][kRowsB]) {
+  begin_products();
+  pin(acc);
+#pragma unroll
+  for (int k = 0; k < kPanels * kPanelColumns / kDepth; ++k) {
+    const int panel = k * kDepth / kPanelColumns;
+    const std::uint32_t bytes = k * kDepth % kPanelColumns * sizeof(Element);
+    Product<Element, kRowsB / kPanelColumns, false>::run(
+        acc, advance(operand_of(a[panel] + first_row * kPanelColumns), bytes),
+        advance(operand_of(b[panel]), bytes), k > 0);
+  }
+  pin(acc);
+  commit_products();
+}
+
+/// acc += a b: probabilities or their gradients with the rows that they are summed over.
+template <typename Element, int kPanels, int kRows, int kSteps, int kCount>
+__device__ inline void add_product(float (&acc)[kCount], std::uint32_t (&a)[kSteps][4],
+                                   Element (&b)[kPanels][kRows], bool accumulate) {
+  static_assert(kCount == kPanels * kPanelColumns / 2 && kRows == kSteps * kDepth * kPanelColumns);
+  const std::uint64_t rows = operand_of(b[0], sizeof(b[0]));
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    Product<Element, kPanels * kPanelColumns, true>::run(acc, a[k], advance(rows, k * kDepth * 128),
+                                                         accumulate || k > 0);
+  }
+}
+
+/// P = 2^(f (S - base) - residual). Product and difference are rounded one by one, as in the
+/// residual itself.
+__device__ inline float probability(float score, const ScoreUnits& units, float base,
+                                    float residual) {
+  return exp2_unit(
+      __fsub_rn(__fmul_rn(units.factor(), fmaf(units.sign(), score, -base)), residual));
+}
+
+/// Adds a row's sums, of the accumulator layout, to memory.
+template <int kCount>
+__device__ inline void add_row(const float (&sums)[kCount], int half, float scale, std::byte* to) {
+  float* const row = reinterpret_cast<float*>(to) + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < kCount / 4; ++j) {
+    float2& pair = *reinterpret_cast<float2*>(row + 8 * j);
+    pair = {fmaf(scale, sums[4 * j + 2 * half], pair.x),
+            fmaf(scale, sums[4 * j + 2 * half + 1], pair.y)};
+  }
+}
+
+/// One warpgroup of 64 query rows.
+template <typename Shared, int kHeadDim, bool kCausal>
+class QueryGradient {
+  using Element = typename Shared::Element;
+  static constexpr int kKeys = Shared::kKeys;
+  static constexpr int kScores = kKeys / 2;
+
+ public:
+  __device__ QueryGradient(const GradientArguments& arguments, Shared& shared)
+      : arguments_(arguments),
+        shared_(shared),
+        lane_(static_cast<int>(threadIdx.x) % 32),
+        first_row_(static_cast<int>(threadIdx.x) / 128 * 64 - 64),
+        row_(static_cast<int>(threadIdx.x) / 32 * 16 - 64 + lane_ / 4) {}
+
+  __device__ void run() {
+    shared_.tiles.read([this](const Tile& tile) {
+      const int count = tile.keys.tiles(kKeys);
+      load_numbers(tile);
+      // Every row sees the key tiles below this one.
+      const int plain = max(0, tile.template seen<kCausal>(tile.queries.first)) / kKeys;
+      shared_.staying_full.wait(stay_.parity);
+      stay_.step();
+      int n = count - 1;
+      for (; n >= plain; --n) {
+        step<true>(tile, n, n < count - 1);
+      }
+      for (; n >= 0; --n) {
+        step<false>(tile, n, n < count - 1);
+      }
+      arrive_warp(shared_.staying_empty);
+      const auto rows = rows_of(arguments_.dquery, tile.batch, tile.head);
+      const auto dilation = arguments_.call.branches[tile.branch].dilation;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = tile.queries.first + row_ + 8 * half;
+        if (row < tile.queries.last) {
+          add_row(acc_, half, arguments_.call.scale, rows.row(tile.token + row * dilation));
+        }
+      }
+    });
+  }
+
+ private:
+  __device__ void load_numbers(const Tile& tile) {
+    const Call& call = arguments_.call;
+    const RowNumbers* const numbers =
+        arguments_.row_numbers +
+        (std::int64_t{tile.batch} * call.num_heads + tile.head) * call.branch_rows + tile.saved;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = tile.queries.first + row_ + 8 * half;
+      numbers_[half] =
+          row < tile.queries.last ? numbers[row] : RowNumbers{INFINITY, 0.0f, 0.0f, 0.0f};
+    }
+  }
+
+  template <bool kMasked>
+  __device__ void step(const Tile& tile, int n, bool accumulate) {
+    const int stage = pass_.stage;
+    float scores[kScores];
+    float dscores[kScores];
+    shared_.key_clean[stage].wait(pass_.parity);
+    multiply_rows(scores, shared_.query, first_row_, shared_.key[stage]);
+    shared_.value_full[stage].wait(pass_.parity);
+    multiply_rows(dscores, shared_.dout, first_row_, shared_.value[stage]);
+    wait_products<1>();
+    pin(scores);
+    const Call& call = arguments_.call;
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      const RowNumbers& row = numbers_[i / 2 % 2];
+      scores[i] = probability(scores[i], call.units, row.base, row.residual);
+    }
+    wait_products<0>();
+    pin(dscores);
+    arrive_warp(shared_.value_empty[stage]);
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      dscores[i] = scores[i] * fmaf(call.out_scale, dscores[i], -numbers_[i / 2 % 2].delta);
+    }
+    if constexpr (kMasked) {
+      const int begin = n * kKeys + lane_ % 4 * 2;
+      const int row = tile.queries.first + row_;
+      const int ends[2] = {tile.template seen<kCausal>(row) - begin,
+                           tile.template seen<kCausal>(row + 8) - begin};
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        dscores[i] = i / 4 * 8 + i % 2 < ends[i / 2 % 2] ? dscores[i] : 0.0f;
+      }
+    }
+    std::uint32_t operands[kScores / 8][4];
+    pack_operands<Element>(dscores, operands);
+    if (kMasked && kCausal && shared_.key_is_bad[stage]) {
+      // Rows that see what is not finite have it in their scores; others must not have 0 * NaN.
+      named_barrier(1, Shared::kConsumerThreads);
+      guard_rows<true, true, kKeys>(shared_.key[stage], 0, kKeys,
+                                    static_cast<int>(threadIdx.x) - 128, Shared::kConsumerThreads);
+      named_barrier(1, Shared::kConsumerThreads);
+    }
+    begin_products();
+    pin(acc_);
+    add_product(acc_, operands, shared_.key[stage], accumulate);
+    pin(acc_);
+    commit_products();
+    wait_products<0>();
+    pin(acc_);
+    arrive_warp(shared_.key_empty[stage]);
+    pass_.step();
+  }
+
+  const GradientArguments& arguments_;
+  Shared& shared_;
+  const int lane_;
+  const int first_row_;  // of the warpgroup in the tile
+  const int row_;        // of this thread in the tile, and 8 below
+  Ring<1> stay_;
+  Ring<Shared::kStages> pass_;
+  RowNumbers numbers_[2];
+  float acc_[kHeadDim / 2];
+};
+
+/// One warpgroup of 64 key rows.
+template <typename Shared, int kHeadDim, bool kCausal>
+class KeyGradient {
+  using Element = typename Shared::Element;
+  static constexpr int kQueries = Shared::kQueries;
+  static constexpr int kScores = kQueries / 2;
+
+ public:
+  __device__ KeyGradient(const GradientArguments& arguments, Shared& shared)
+      : arguments_(arguments),
+        shared_(shared),
+        lane_(static_cast<int>(threadIdx.x) % 32),
+        first_row_(static_cast<int>(threadIdx.x) / 128 * 64 - 64),
+        row_(static_cast<int>(threadIdx.x) / 32 * 16 - 64 + lane_ / 4) {}
+
+  __device__ void run() {
+    shared_.tiles.read([this](const Tile& tile) {
+      shared_.staying_full.wait(stay_.parity);
+      stay_.step();
+      bool accumulate = false;
+      shared_.for_each_block(arguments_.call, tile, [&](int, int q) {
+        step(tile, q, accumulate);
+        accumulate = true;
+      });
+      arrive_warp(shared_.staying_empty);
+      if (kCausal && tile.has_bad_values) {
+        add_bad_values(tile);
+      }
+      const int kv_head = tile.head / arguments_.call.heads_per_kv_head;
+      const auto dkeys = rows_of(arguments_.dkey, tile.batch, kv_head);
+      const auto dvalues = rows_of(arguments_.dvalue, tile.batch, kv_head);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = tile.keys.first + row_ + 8 * half;
+        if (row < tile.keys.last) {
+          const std::int64_t token = key_token(tile, row);
+          add_row(dkey_, half, arguments_.call.scale, dkeys.row(token));
+          add_row(dvalue_, half, arguments_.call.out_scale, dvalues.row(token));
+        }
+      }
+    });
+  }
+
+ private:
+  __device__ std::int64_t key_token(const Tile& tile, int row) const {
+    return (std::int64_t{tile.key_row} + row) * arguments_.call.branches[tile.branch].dilation +
+           tile.key_residue;
+  }
+
+  __device__ void step(const Tile& tile, int q, bool accumulate) {
+    const int stage = pass_.stage;
+    float scores[kScores];
+    float dscores[kScores];
+    shared_.clean[stage].wait(pass_.parity);
+    multiply_rows(scores, shared_.key, first_row_, shared_.query[stage]);
+    multiply_rows(dscores, shared_.value, first_row_, shared_.dout[stage]);
+    wait_products<1>();
+    pin(scores);
+    const Call& call = arguments_.call;
+    const int pair = lane_ % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < kScores / 4; ++j) {
+      const auto base = reinterpret_cast<const float2&>(shared_.base[stage][8 * j + pair]);
+      const auto residual = reinterpret_cast<const float2&>(shared_.residual[stage][8 * j + pair]);
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        scores[4 * j + i] = probability(scores[4 * j + i], call.units, base.x, residual.x);
+        scores[4 * j + i + 1] = probability(scores[4 * j + i + 1], call.units, base.y, residual.y);
+      }
+    }
+    wait_products<0>();
+    pin(dscores);
+#pragma unroll
+    for (int j = 0; j < kScores / 4; ++j) {
+      const auto delta = reinterpret_cast<const float2&>(shared_.delta[stage][8 * j + pair]);
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        float* const ds = dscores + 4 * j + i;
+        ds[0] = scores[4 * j + i] * fmaf(call.out_scale, ds[0], -delta.x);
+        ds[1] = scores[4 * j + i + 1] * fmaf(call.out_scale, ds[1], -delta.y);
+      }
+    }
+    const bool on_diagonal = kCausal && q < tile.keys.last - 1;
+    if (on_diagonal) {
+      const int unseen = tile.keys.first + row_ - q - pair;  // the first query that sees this row
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        const bool sees = i / 4 * 8 + i % 2 >= unseen + i / 2 % 2 * 8;
+        scores[i] = sees ? scores[i] : 0.0f;
+        dscores[i] = sees ? dscores[i] : 0.0f;
+      }
+    }
+    std::uint32_t probabilities[kScores / 8][4];
+    std::uint32_t operands[kScores / 8][4];
+    pack_operands<Element>(scores, probabilities);
+    pack_operands<Element>(dscores, operands);
+    if (on_diagonal && shared_.is_bad[stage]) {
+      // As for keys in QueryGradient; dV gets back what its rows see of dO.
+      named_barrier(1, Shared::kConsumerThreads);
+      const int thread = static_cast<int>(threadIdx.x) - 128;
+      guard_rows<true, true, kQueries>(shared_.query[stage], 0, kQueries, thread,
+                                       Shared::kConsumerThreads);
+      guard_rows<true, true, kQueries>(shared_.dout[stage], 0, kQueries, thread,
+                                       Shared::kConsumerThreads);
+      named_barrier(1, Shared::kConsumerThreads);
+    }
+    begin_products();
+    pin(dvalue_);
+    add_product(dvalue_, probabilities, shared_.dout[stage], accumulate);
+    pin(dvalue_);
+    pin(dkey_);
+    add_product(dkey_, operands, shared_.query[stage], accumulate);
+    pin(dkey_);
+    commit_products();
+    wait_products<0>();
+    pin(dvalue_);
+    pin(dkey_);
+    arrive_warp(shared_.empty[stage]);
+    pass_.step();
+  }
+
+  /// Elements of dO that are not finite, of blocks on the diagonal; their weight does not matter.
+  __device__ void add_bad_values(const Tile& tile) {
+    shared_.for_each_block(arguments_.call, tile, [&](int head, int q) {
+      const auto douts = rows_of(arguments_.dout_rows, tile.batch, head);
+      const auto dilation = arguments_.call.branches[tile.branch].dilation;
+      const int end = q < tile.keys.last - 1 ? min(q + kQueries, tile.queries.last) : q;
+#pragma unroll 1
+      for (int query = q; query < end; ++query) {
+        const auto* const dout =
+            reinterpret_cast<const Element*>(douts.row(tile.token + query * dilation));
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 2; ++i) {
+          const float x = float_of(dout[i / 4 * 8 + lane_ % 4 * 2 + i % 2]);
+          if (!isfinite(x) && query >= tile.keys.first + row_ + i / 2 % 2 * 8) {
+            dvalue_[i] += x;
+          }
+        }
+      }
+    });
+  }
+
+  const GradientArguments& arguments_;
+  Shared& shared_;
+  const int lane_;
+  const int first_row_;
+  const int row_;
+  Ring<1> stay_;
+  Ring<Shared::kStages> pass_;
+  float dkey_[kHeadDim / 2];
+  float dvalue_[kHeadDim / 2];
+};
+
+template <typename Element, int kHeadDim, bool kCausal>
+__global__ void __launch_bounds__(BackwardThreads::kThreads, 1)
+    query_gradient_kernel(const __grid_constant__ GradientArguments arguments) {
+  using Shared = QueryGradientShared<Element, kHeadDim>;
+  extern __shared__ __align__(1024) unsigned char memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  if (threadIdx.x == 0) {
+    shared.init();
+    fence_barrier_init();
+  }
+  __syncthreads();
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  if (warp < 4) {
+    give_registers<Shared::kProducerRegisters>();
+    if (threadIdx.x == 0) {
+      shared.produce(arguments);
+    } else if (threadIdx.x == 32) {
+      shared.tiles.write(arguments.range, [&](std::int64_t index, Tile& tile) {
+        return find_tile<kCausal, Shared::kRows, true>(arguments.call, arguments.range, index,
+                                                       tile) &&
+               tile.keys.first < tile.keys.last;
+      });
+    } else if (warp == 2) {
+      shared.template guard<kCausal>();
+    }
+  } else {
+    take_registers<Shared::kConsumerRegisters>();
+    QueryGradient<Shared, kHeadDim, kCausal>(arguments, shared).run();
+  }
+}
+
+template <typename Element, int kHeadDim, bool kCausal>
+__global__ void __launch_bounds__(BackwardThreads::kThreads, 1)
+    key_gradient_kernel(const __grid_constant__ GradientArguments arguments) {
+  using Shared = KeyGradientShared<Element, kHeadDim>;
+  extern __shared__ __align__(1024) unsigned char memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  if (threadIdx.x == 0) {
+    shared.init();
+    fence_barrier_init();
+  }
+  __syncthreads();
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  if (warp < 4) {
+    give_registers<Shared::kProducerRegisters>();
+    if (threadIdx.x == 0) {
+      shared.produce(arguments);
+    } else if (threadIdx.x == 32) {
+      shared.tiles.write(arguments.range, [&](std::int64_t index, Tile& tile) {
+        return find_tile<kCausal, Shared::kRows, false>(arguments.call, arguments.range, index,
+                                                        tile) &&
+               tile.queries.first < tile.queries.last &&
+               Shared::is_first_head(arguments.call, tile);
+      });
+    } else if (warp == 2) {
+      shared.template guard<kCausal>(arguments.call);
+    } else if (warp == 3) {
+      shared.load_numbers(arguments);
+    }
+  } else {
+    take_registers<Shared::kConsumerRegisters>();
+    KeyGradient<Shared, kHeadDim, kCausal>(arguments, shared).run();
+  }
+}
+
+template <typename Shared>
+void launch_gradient(void (*kernel)(GradientArguments), const GradientArguments& arguments,
+                     int multiprocessors, cudaStream_t stream, const char* what) {
+  launch(kernel, {std::min<std::int64_t>(arguments.range.num_tiles, multiprocessors)},
+         BackwardThreads::kThreads, sizeof(Shared), stream, arguments, what);
+}
+
+/// One launch for one dtype; each is a file of its own, so that they compile side by side.
+template <typename Element>
+void run_gradients(const GradientArguments& of_queries, const GradientArguments& of_keys,
+                   int multiprocessors, cudaStream_t stream) {
+  const auto run = [&]<int kHeadDim, bool kCausal>() {
+    launch_gradient<QueryGradientShared<Element, kHeadDim>>(
+        query_gradient_kernel<Element, kHeadDim, kCausal>, of_queries, multiprocessors, stream,
+        "backward: dquery");
+    launch_gradient<KeyGradientShared<Element, kHeadDim>>(
+        key_gradient_kernel<Element, kHeadDim, kCausal>, of_keys, multiprocessors, stream,
+        "backward: dkey, dvalue");
+  };
+  const auto choose = [&]<int kHeadDim>() {
+    of_queries.call.is_causal ? run.template operator()<kHeadDim, true>()
+                              : run.template operator()<kHeadDim, false>();
+  };
+  of_queries.call.head_dim == 64 ? choose.template operator()<64>()
+                                 : choose.template operator()<128>();
+}
+
+extern template void run_gradients<__nv_bfloat16>(const GradientArguments&,
+                                                  const GradientArguments&, int, cudaStream_t);
+extern template void run_gradients<__half>(const GradientArguments&, const GradientArguments&, int,
+                                           cudaStream_t);
+
+}  // namespace dilated::gpu::sm90

@@ -1,0 +1,273 @@
+// What tiles of backward on Hopper need, who loads them and who guards them
+// (attention_backward_sm90.cuh).
+#pragma once
+
+#include <cstdint>
+
+#include "src/kernels/cuda/attention_backward_sm90.h"
+#include "src/kernels/cuda/tensor_map.cuh"
+#include "src/kernels/cuda/tiles_sm90.cuh"
+
+namespace dilated::gpu::sm90 {
+
+/// One branch.
+struct GradientArguments {
+  Call call;
+  DilatedMaps query, dout, key, value;
+  TileRange range;
+  const RowNumbers* row_numbers;  // (batch, heads, branch_rows)
+  ConstTensorView dout_rows;
+  TensorView dquery;  // float32 sums
+  TensorView dkey;
+  TensorView dvalue;
+};
+
+/// Two warpgroups own 64 rows each of what stays; another loads, looks up and guards.
+struct BackwardThreads {
+  static constexpr int kRows = kBackwardRows;
+  static constexpr int kWarpgroups = kRows / 64;
+  static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kConsumerThreads = 128 * kWarpgroups;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+};
+
+/// Loads all panels of rows from `row` on.
+template <typename Element, int kPanels, int kElements>
+__device__ inline void load_rows(Element (&to)[kPanels][kElements], const DilatedMaps& maps,
+                                 int row, int residue, int head, int batch, Barrier& barrier) {
+#pragma unroll
+  for (int panel = 0; panel < kPanels; ++panel) {
+    load_box(to[panel], maps.at(residue), kPanelColumns * panel, row, residue, head, batch,
+             barrier);
+  }
+}
+
+/// Query rows stay, keys pass by.
+template <typename Element_, int kHeadDim>
+struct alignas(1024) QueryGradientShared : BackwardThreads {
+  using Element = Element_;
+  static constexpr int kPanels = kHeadDim / kPanelColumns;
+  static constexpr int kKeys = 128;
+  static constexpr int kStages = 2;
+  using Staying = Element[kPanels][kRows * kPanelColumns];
+  using Passing = Element[kPanels][kKeys * kPanelColumns];
+
+  Staying query, dout;
+  Passing key[kStages], value[kStages];
+  Barrier staying_full, staying_empty;
+  Barrier key_full[kStages], key_clean[kStages], key_empty[kStages];
+  Barrier value_full[kStages], value_empty[kStages];
+  TileQueue tiles;
+  bool key_is_bad[kStages];
+
+  __device__ void init() {
+    constexpr std::uint32_t kWarps = 4 * kWarpgroups;
+    staying_full.init(1);
+    staying_empty.init(kWarps);
+    for (int i = 0; i < kStages; ++i) {
+      key_full[i].init(1);
+      key_clean[i].init(1);
+      key_empty[i].init(kWarps);
+      value_full[i].init(1);
+      value_empty[i].init(kWarps);
+      key_is_bad[i] = false;
+    }
+    tiles.init(kWarps + 2);  // and the producer and the guard
+  }
+
+  __device__ void produce(const GradientArguments& arguments) {
+    Ring<1> stay;
+    Ring<kStages> pass;
+    tiles.template read<true>([&](const Tile& tile) {
+      const int count = tile.keys.tiles(kKeys);
+      const int kv_head = tile.head / arguments.call.heads_per_kv_head;
+      const int first = tile.key_row + tile.keys.first;
+      for (int n = count - 1; n >= 0; --n) {
+        key_empty[pass.stage].wait(pass.parity ^ 1);
+        key_full[pass.stage].arrive_and_expect(sizeof(Passing));
+        load_rows(key[pass.stage], arguments.key, first + n * kKeys, tile.key_residue, kv_head,
+                  tile.batch, key_full[pass.stage]);
+        if (n == count - 1) {
+          staying_empty.wait(stay.parity ^ 1);
+          staying_full.arrive_and_expect(2 * sizeof(Staying));
+          const int row = tile.query_row + tile.queries.first;
+          load_rows(query, arguments.query, row, tile.query_residue, tile.head, tile.batch,
+                    staying_full);
+          load_rows(dout, arguments.dout, row, tile.query_residue, tile.head, tile.batch,
+                    staying_full);
+          stay.step();
+        }
+        value_empty[pass.stage].wait(pass.parity ^ 1);
+        value_full[pass.stage].arrive_and_expect(sizeof(Passing));
+        load_rows(value[pass.stage], arguments.value, first + n * kKeys, tile.key_residue, kv_head,
+                  tile.batch, value_full[pass.stage]);
+        pass.step();
+      }
+    });
+  }
+
+  /// Keys are summed over: what lies beyond them is cleared. What is not finite is only found here,
+  /// scores need it.
+  template <bool kCausal>
+  __device__ void guard() {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    Ring<kStages> pass;
+    tiles.read([&](const Tile& tile) {
+      const int everyone_sees = tile.seen<kCausal>(tile.queries.first);
+      const int someone_sees = tile.keys.last - tile.keys.first;
+      for (int n = tile.keys.tiles(kKeys) - 1; n >= 0; --n) {
+        key_full[pass.stage].wait(pass.parity);
+        const int begin = everyone_sees - n * kKeys;
+        if (begin < kKeys) {
+          const bool is_bad = guard_rows<kCausal, false, kKeys>(
+              key[pass.stage], begin, someone_sees - n * kKeys, lane, 32);
+          if (kCausal) {
+            key_is_bad[pass.stage] = __any_sync(0xFFFFFFFFu, is_bad);
+          }
+        }
+        arrive_warp(key_clean[pass.stage]);
+        pass.step();
+      }
+    });
+  }
+};
+
+/// Key rows stay, queries of all heads that share them pass by.
+template <typename Element_, int kHeadDim>
+struct alignas(1024) KeyGradientShared : BackwardThreads {
+  using Element = Element_;
+  static constexpr int kPanels = kHeadDim / kPanelColumns;
+  static constexpr int kQueries = key_gradient_queries(kHeadDim);
+  static constexpr int kStages = 2;
+  using Staying = Element[kPanels][kRows * kPanelColumns];
+  using Passing = Element[kPanels][kQueries * kPanelColumns];
+
+  Staying key, value;
+  Passing query[kStages], dout[kStages];
+  alignas(16) float base[kStages][kQueries];
+  alignas(16) float residual[kStages][kQueries];
+  alignas(16) float delta[kStages][kQueries];
+  Barrier staying_full, staying_empty;
+  Barrier full[kStages], clean[kStages], empty[kStages];
+  TileQueue tiles;
+  bool is_bad[kStages];
+
+  __device__ void init() {
+    constexpr std::uint32_t kWarps = 4 * kWarpgroups;
+    staying_full.init(1);
+    staying_empty.init(kWarps);
+    for (int i = 0; i < kStages; ++i) {
+      full[i].init(1);
+      clean[i].init(2);  // the guard and who loads numbers
+      empty[i].init(kWarps);
+      is_bad[i] = false;
+    }
+    tiles.init(kWarps + 3);  // and the producer, the guard and who loads numbers
+  }
+
+  /// A tile belongs to the first head of those that share its rows.
+  __device__ static bool is_first_head(const Call& call, const Tile& tile) {
+    const std::int64_t* const offsets = call.offsets + std::int64_t{tile.branch} * call.num_heads;
+    int head = tile.head / call.heads_per_kv_head * call.heads_per_kv_head;
+    while (offsets[head] != offsets[tile.head]) {
+      ++head;
+    }
+    return head == tile.head;
+  }
+
+  /// Every block of queries of every head whose rows see the tile's keys.
+  template <typename Work>
+  __device__ static void for_each_block(const Call& call, const Tile& tile, const Work& work) {
+    const std::int64_t* const offsets = call.offsets + std::int64_t{tile.branch} * call.num_heads;
+    const int end = (tile.head / call.heads_per_kv_head + 1) * call.heads_per_kv_head;
+    for (int head = tile.head; head < end; ++head) {
+      if (head == tile.head || offsets[head] == offsets[tile.head]) {
+        for (int q = tile.queries.first; q < tile.queries.last; q += kQueries) {
+          work(head, q);
+        }
+      }
+    }
+  }
+
+  __device__ void produce(const GradientArguments& arguments) {
+    Ring<1> stay;
+    Ring<kStages> pass;
+    tiles.template read<true>([&](const Tile& tile) {
+      const int kv_head = tile.head / arguments.call.heads_per_kv_head;
+      staying_empty.wait(stay.parity ^ 1);
+      staying_full.arrive_and_expect(2 * sizeof(Staying));
+      const int row = tile.key_row + tile.keys.first;
+      load_rows(key, arguments.key, row, tile.key_residue, kv_head, tile.batch, staying_full);
+      load_rows(value, arguments.value, row, tile.key_residue, kv_head, tile.batch, staying_full);
+      stay.step();
+      for_each_block(arguments.call, tile, [&](int head, int q) {
+        empty[pass.stage].wait(pass.parity ^ 1);
+        full[pass.stage].arrive_and_expect(2 * sizeof(Passing));
+        load_rows(query[pass.stage], arguments.query, tile.query_row + q, tile.query_residue, head,
+                  tile.batch, full[pass.stage]);
+        load_rows(dout[pass.stage], arguments.dout, tile.query_row + q, tile.query_residue, head,
+                  tile.batch, full[pass.stage]);
+        pass.step();
+      });
+    });
+  }
+
+  /// One warp; rows beyond the queries contribute nothing.
+  __device__ void load_numbers(const GradientArguments& arguments) {
+    const Call& call = arguments.call;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    Ring<kStages> pass;
+    tiles.read([&](const Tile& tile) {
+      for_each_block(call, tile, [&](int head, int q) {
+        const RowNumbers* const numbers =
+            arguments.row_numbers +
+            (std::int64_t{tile.batch} * call.num_heads + head) * call.branch_rows + tile.saved + q;
+        RowNumbers own[kQueries / 32];
+#pragma unroll
+        for (int i = 0; i < kQueries / 32; ++i) {
+          const int at = 32 * i + lane;
+          own[i] = q + at < tile.queries.last ? numbers[at]
+                                              : RowNumbers{INFINITY, 0.0f, 0.0f, 0.0f};
+        }
+        empty[pass.stage].wait(pass.parity ^ 1);
+#pragma unroll
+        for (int i = 0; i < kQueries / 32; ++i) {
+          base[pass.stage][32 * i + lane] = own[i].base;
+          residual[pass.stage][32 * i + lane] = own[i].residual;
+          delta[pass.stage][32 * i + lane] = own[i].delta;
+        }
+        arrive_warp(clean[pass.stage]);
+        pass.step();
+      });
+    });
+  }
+
+  /// Queries and dO are summed over: see QueryGradientShared::guard().
+  template <bool kCausal>
+  __device__ void guard(const Call& call) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    Ring<kStages> pass;
+    tiles.read([&](Tile& tile) {
+      for_each_block(call, tile, [&](int, int q) {
+        full[pass.stage].wait(pass.parity);
+        const int end = tile.queries.last - q;
+        const bool on_diagonal = kCausal && q < tile.keys.last - 1;
+        if (on_diagonal || end < kQueries) {
+          const int begin = on_diagonal ? 0 : end;
+          bool bad = guard_rows<kCausal, false, kQueries>(query[pass.stage], begin, end, lane, 32);
+          bad |= guard_rows<kCausal, false, kQueries>(dout[pass.stage], begin, end, lane, 32);
+          if (kCausal) {
+            bad = __any_sync(0xFFFFFFFFu, bad);
+            is_bad[pass.stage] = bad;
+            tile.has_bad_values |= bad;
+          }
+        }
+        arrive_warp(clean[pass.stage]);
+        pass.step();
+      });
+    });
+  }
+};
+
+}  // namespace dilated::gpu::sm90
