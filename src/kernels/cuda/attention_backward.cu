@@ -1,5 +1,8 @@
 // Backward: two numbers per branch row, the sums of all branches (attention_backward_sm80.cuh), and
 // their rounding.
+#include <algorithm>
+#include <iterator>
+
 #include "src/kernels/cuda/attention_backward_sm80.cuh"
 #include "src/kernels/cuda/attention_backward_sm90.h"
 
@@ -30,7 +33,9 @@ __device__ int covering_branches(const Call& call, std::int64_t length, int head
   return count;
 }
 
-/// One thread per branch row. Products are summed in ascending order, as float32 products are.
+inline constexpr int kRowThreads = 8;
+
+/// Eight threads per branch row.
 __global__ void row_numbers_kernel(const __grid_constant__ NumbersArguments arguments) {
   const Call& call = arguments.call;
   const int head = static_cast<int>(blockIdx.y);
@@ -39,7 +44,8 @@ __global__ void row_numbers_kernel(const __grid_constant__ NumbersArguments argu
                   piece)) {
     return;
   }
-  const std::int64_t row = piece.queries.first + piece.tile * arguments.tile_rows + threadIdx.x;
+  const std::int64_t row = piece.queries.first + piece.tile * arguments.tile_rows +
+                           threadIdx.x / kRowThreads;
   if (row >= piece.queries.last) {
     return;
   }
@@ -63,23 +69,36 @@ __global__ void row_numbers_kernel(const __grid_constant__ NumbersArguments argu
     sum = {branch.lse, branch.residual + log2f(count)};
   }
   const std::byte* const dout = rows_of(arguments.dout, batch, head).row(token);
-  const auto dout_at = [&](int c) {
-    const float value = load_element(dout, arguments.dout.dtype, c);
+  const bool of_branch = call.needs_branch_outputs;
+  const std::byte* const out =
+      of_branch ? reinterpret_cast<const std::byte*>(
+                      saved_rows(arguments.branch_out, batch, head).row(saved))
+                : rows_of(arguments.out, batch, head).row(token);
+  const DType out_dtype = of_branch ? DType::kFloat32 : arguments.out.dtype;
+  const auto rounded = [&](float value) {
     return arguments.dtype == DType::kBFloat16  ? float_of(__float2bfloat16_rn(value))
            : arguments.dtype == DType::kFloat16 ? float_of(__float2half_rn(value))
                                                 : value;
   };
+  const int lane = threadIdx.x % kRowThreads;
   float dot = 0.0f;
-  if (call.needs_branch_outputs) {
-    const float* const out = saved_rows(arguments.branch_out, batch, head).row(saved);
-    for (int c = 0; c < call.head_dim; ++c) {
-      dot = fmaf(dout_at(c), call.out_scale * out[c], dot);
+  for (int c = kPieceColumns * lane; c < call.head_dim; c += kPieceColumns * kRowThreads) {
+    float douts[kPieceColumns];
+    float outs[kPieceColumns];
+    load_piece(dout, arguments.dout.dtype, c, call.head_dim, douts);
+    load_piece(out, out_dtype, c, call.head_dim, outs);
+#pragma unroll
+    for (int i = 0; i < kPieceColumns; ++i) {
+      dot = fmaf(rounded(douts[i]), of_branch ? call.out_scale * outs[i] : outs[i], dot);
     }
-  } else {
-    const std::byte* const out = rows_of(arguments.out, batch, head).row(token);
-    for (int c = 0; c < call.head_dim; ++c) {
-      dot = fmaf(dout_at(c), load_element(out, arguments.out.dtype, c), dot);
-    }
+  }
+  const unsigned mates = 0xFFu << (threadIdx.x % 32 / kRowThreads * kRowThreads);
+#pragma unroll
+  for (int step = 1; step < kRowThreads; step *= 2) {
+    dot += __shfl_xor_sync(mates, dot, step);
+  }
+  if (lane != 0) {
+    return;
   }
   const bool has_keys = sum.lse != kAbsentLse<float>;
   arguments.row_numbers[(batch * call.num_heads + head) * call.branch_rows + saved] = {
@@ -95,19 +114,23 @@ struct RowsArguments {
 /// Writes every row of a gradient: sums, rounded, or zeros.
 __global__ void write_rows_kernel(const __grid_constant__ RowsArguments arguments) {
   const auto& shape = arguments.to.shape;
-  const std::int64_t count = shape[0] * shape[1] * shape[2] * shape[3];
+  const auto columns = static_cast<int>(shape[3]);
+  const std::int64_t pieces = (columns + kPieceColumns - 1) / kPieceColumns;
+  const std::int64_t count = shape[0] * shape[1] * shape[2] * pieces;
   const std::int64_t threads = std::int64_t{gridDim.x} * blockDim.x;
   for (std::int64_t i = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
        i += threads) {
-    const auto column = static_cast<int>(i % shape[3]);
-    const std::int64_t head = i / shape[3] % shape[2];
-    const std::int64_t row = i / shape[3] / shape[2] % shape[1];
-    const std::int64_t batch = i / shape[3] / shape[2] / shape[1];
-    const float value =
-        arguments.from.defined()
-            ? load_element(rows_of(arguments.from, batch, head).row(row), DType::kFloat32, column)
-            : 0.0f;
-    store_element(rows_of(arguments.to, batch, head).row(row), arguments.to.dtype, column, value);
+    const auto column = static_cast<int>(i % pieces) * kPieceColumns;
+    const std::int64_t head = i / pieces % shape[2];
+    const std::int64_t row = i / pieces / shape[2] % shape[1];
+    const std::int64_t batch = i / pieces / shape[2] / shape[1];
+    float values[kPieceColumns] = {};
+    if (arguments.from.defined()) {
+      load_piece(rows_of(arguments.from, batch, head).row(row), DType::kFloat32, column, columns,
+                 values);
+    }
+    store_piece(rows_of(arguments.to, batch, head).row(row), arguments.to.dtype, column, columns,
+                values);
   }
 }
 
@@ -136,25 +159,34 @@ void attention_backward(const Plan& plan, const BackwardTensors& tensors, const 
   std::byte* const numbers = tickets + decision.tickets;
   std::byte* const sums = numbers + decision.row_numbers;
 
-  BackwardArguments arguments{
-      .call = begin_call(plan, tensors.masks, context),
-      .dout = tensors.dout,
-      .query = tensors.query,
-      .key = tensors.key,
-      .value = tensors.value,
-      .row_numbers = reinterpret_cast<RowNumbers*>(numbers),
-      .dquery = sums_of(tensors.dquery, sums),
-      .dkey = sums_of(tensors.dkey, sums + decision.query_gradient),
-      .dvalue = sums_of(tensors.dvalue, sums + decision.query_gradient + decision.key_gradient),
-      .groups = nullptr,
-      .first_tile = 0};
-  const TensorView* const all_sums[] = {&arguments.dquery, &arguments.dkey, &arguments.dvalue};
   const TensorView* const results[] = {&tensors.dquery, &tensors.dkey, &tensors.dvalue};
-  for (const TensorView* const view : all_sums) {
-    write_rows(*view, {}, stream);
+  std::byte* const memory[] = {sums, sums + decision.query_gradient,
+                               sums + decision.query_gradient + decision.key_gradient};
+  const bool on_sm90 = decision.not_sm90.empty() && tensors.dout.dtype == problem.dtype;
+  const bool merges = on_sm90 && decision.merges_gradients &&
+                      std::all_of(std::begin(results), std::end(results), [&](const auto* view) {
+                        return view->dtype == problem.dtype;
+                      });
+  const auto target = [&](int i) {
+    return merges ? *results[i] : sums_of(*results[i], memory[i]);
+  };
+  BackwardArguments arguments{.call = begin_call(plan, tensors.masks, context),
+                              .dout = tensors.dout,
+                              .query = tensors.query,
+                              .key = tensors.key,
+                              .value = tensors.value,
+                              .row_numbers = reinterpret_cast<RowNumbers*>(numbers),
+                              .dquery = target(0),
+                              .dkey = target(1),
+                              .dvalue = target(2),
+                              .groups = nullptr,
+                              .first_tile = 0};
+  const TensorView* const targets[] = {&arguments.dquery, &arguments.dkey, &arguments.dvalue};
+  for (int i = 0; i < 3 && !merges; ++i) {
+    write_rows(*targets[i], {}, stream);
   }
-  launch(row_numbers_kernel, {decision.query_tiles.back(), problem.num_heads}, decision.tiles.rows,
-         0, stream,
+  launch(row_numbers_kernel, {decision.query_tiles.back(), problem.num_heads},
+         kRowThreads * decision.tiles.rows, 0, stream,
          NumbersArguments{.call = arguments.call,
                           .dtype = problem.dtype,
                           .dout = tensors.dout,
@@ -167,8 +199,12 @@ void attention_backward(const Plan& plan, const BackwardTensors& tensors, const 
                           .row_numbers = arguments.row_numbers,
                           .tile_rows = decision.tiles.rows},
          "backward: row numbers");
-  if (decision.not_sm90.empty() && tensors.dout.dtype == problem.dtype) {
-    sm90::branches_backward(arguments, plan, reinterpret_cast<int*>(tickets), stream);
+  if (on_sm90) {
+    const auto partial = [&](int i) {
+      return merges ? reinterpret_cast<float*>(memory[i]) : nullptr;
+    };
+    sm90::branches_backward(arguments, {partial(0), partial(1), partial(2)}, plan,
+                            reinterpret_cast<int*>(tickets), stream);
   } else if (problem.dtype == DType::kBFloat16) {
     branches_backward<__nv_bfloat16>(arguments, decision, stream);
   } else if (problem.dtype == DType::kFloat16) {
@@ -176,9 +212,9 @@ void attention_backward(const Plan& plan, const BackwardTensors& tensors, const 
   } else {
     branches_backward<float>(arguments, decision, stream);
   }
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < 3 && !merges; ++i) {
     if (results[i]->dtype != DType::kFloat32) {
-      write_rows(*results[i], *all_sums[i], stream);
+      write_rows(*results[i], *targets[i], stream);
     }
   }
 }

@@ -22,7 +22,7 @@ struct BackwardArguments {
   ConstTensorView key;
   ConstTensorView value;
   RowNumbers* row_numbers;  // (batch, heads, branch_rows)
-  TensorView dquery;        // float32 sums
+  TensorView dquery;        // float32 sums, or results that the dense branch writes
   TensorView dkey;
   TensorView dvalue;
   // The branch of this launch.

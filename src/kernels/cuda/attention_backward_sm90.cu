@@ -1,49 +1,79 @@
-// Launches of the Hopper backward: two per branch.
+// Launches of the Hopper backward: two for all sparse branches and two for the dense one that merges
+// them, or two per branch.
 #include "src/kernels/cuda/attention_backward_sm90.cuh"
 
 namespace dilated::gpu::sm90 {
+namespace {
 
-void branches_backward(const gpu::BackwardArguments& all, const Plan& plan, int* tickets,
-                       cudaStream_t stream) {
+/// Branches of ranks [first, last).
+GradientArguments arguments_of(const gpu::BackwardArguments& all, const PartialGradients& partial,
+                               const Plan& plan, std::size_t first, std::size_t last) {
   const Call& call = all.call;
-  const Problem& problem = plan.problem();
   const auto& decision = static_cast<const CudaDecision&>(plan.decision());
-  const int multiprocessors = count_multiprocessors();
-  const std::size_t branches = decision.branch_order.size();
-  check(cudaMemsetAsync(tickets, 0, 2 * branches * sizeof(int), stream), "backward: tickets");
-  for (std::size_t rank = branches; rank-- > 0;) {
-    const std::int64_t dilation = problem.branches[decision.branch_order[rank]].dilation;
-    const auto sequences = static_cast<std::size_t>(call.num_sequences);
-    const auto arguments = [&](int query_rows, int key_rows, const TileGroup* groups,
-                               const std::vector<std::int64_t>& tiles, int* ticket) {
-      const auto maps = [&](const ConstTensorView& view, int rows) {
-        return dilated_maps(row_tensor(view), dilation,
-                            {.box_rows = static_cast<std::uint32_t>(rows)});
-      };
-      return GradientArguments{
-          .call = call,
-          .query = maps(all.query, query_rows),
-          .dout = maps(all.dout, query_rows),
-          .key = maps(all.key, key_rows),
-          .value = maps(all.value, key_rows),
-          .range = {.groups = groups + rank * sequences,
-                    .num_groups = call.num_sequences,
-                    .first_tile = tiles[rank],
-                    .num_tiles = (tiles[rank + 1] - tiles[rank]) * call.num_heads,
-                    .ticket = ticket},
+  // Rows of a dense branch that comes first are left out.
+  const std::int64_t left_out = plan.branch_rows() - decision.partial_rows;
+  const auto gradient = [&](const TensorView& result, float* memory, float scale) {
+    return Gradient{.result = result,
+                    .partial = memory == nullptr ? nullptr : memory - left_out * call.head_dim,
+                    .scale = scale};
+  };
+  return {.call = call,
+          .maps = {},
+          .range = {},
           .row_numbers = all.row_numbers,
           .dout_rows = all.dout,
-          .dquery = all.dquery,
-          .dkey = all.dkey,
-          .dvalue = all.dvalue};
+          .merges = partial.dquery != nullptr && first == 0,
+          .partial_rows = decision.partial_rows,
+          .dquery = gradient(all.dquery, partial.dquery, call.scale),
+          .dkey = gradient(all.dkey, partial.dkey, call.scale),
+          .dvalue = gradient(all.dvalue, partial.dvalue, call.out_scale)};
+}
+
+}  // namespace
+
+void branches_backward(const gpu::BackwardArguments& all, const PartialGradients& partial,
+                       const Plan& plan, int* tickets, cudaStream_t stream) {
+  const Problem& problem = plan.problem();
+  const auto& decision = static_cast<const CudaDecision&>(plan.decision());
+  const std::size_t branches = decision.branch_order.size();
+  check(cudaMemsetAsync(tickets, 0, 2 * branches * sizeof(int), stream), "backward: tickets");
+  const auto run = [&](std::size_t first, std::size_t last) {
+    const auto launch = [&](int query_rows, const TileGroup* groups,
+                            const std::vector<std::int64_t>& tiles, int* ticket,
+                            const auto& launches) {
+      GradientArguments arguments = arguments_of(all, partial, plan, first, last);
+      const auto sequences = static_cast<std::size_t>(all.call.num_sequences);
+      arguments.range = {.groups = groups + first * sequences,
+                         .num_groups = static_cast<int>((last - first) * sequences),
+                         .first_tile = tiles[first],
+                         .num_tiles = (tiles[last] - tiles[first]) * problem.num_heads,
+                         .ticket = ticket};
+      for (std::size_t rank = first; rank < last; ++rank) {
+        const std::size_t branch = decision.branch_order[rank];
+        const auto maps = [&](const ConstTensorView& view, int rows) {
+          return dilated_maps(row_tensor(view), problem.branches[branch].dilation,
+                              {.box_rows = static_cast<std::uint32_t>(rows)});
+        };
+        arguments.maps[branch] = {maps(all.query, query_rows), maps(all.dout, query_rows),
+                                  maps(all.key, kBackwardRows), maps(all.value, kBackwardRows)};
+      }
+      launches(arguments, stream);
     };
-    const auto run =
-        problem.dtype == DType::kBFloat16 ? run_gradients<__nv_bfloat16> : run_gradients<__half>;
-    run(arguments(kBackwardRows, kBackwardRows, call.backward_query_groups,
-                  decision.backward_query_tiles, tickets + 2 * rank),
-        arguments(key_gradient_queries(call.head_dim), kBackwardRows, call.backward_key_groups,
-                  decision.backward_key_tiles, tickets + 2 * rank + 1),
-        multiprocessors, stream);
+    const bool is_bfloat16 = problem.dtype == DType::kBFloat16;
+    launch(kBackwardRows, all.call.backward_query_groups, decision.backward_query_tiles,
+           tickets + 2 * first,
+           is_bfloat16 ? run_query_gradient<__nv_bfloat16> : run_query_gradient<__half>);
+    launch(key_gradient_queries(static_cast<int>(problem.head_dim)), all.call.backward_key_groups,
+           decision.backward_key_tiles, tickets + 2 * first + 1,
+           is_bfloat16 ? run_key_gradient<__nv_bfloat16> : run_key_gradient<__half>);
+  };
+  if (partial.dquery != nullptr) {
+    run(1, branches);
+    run(0, 1);
+    return;
+  }
+  for (std::size_t rank = branches; rank-- > 0;) {
+    run(rank, rank + 1);
   }
 }
 

@@ -70,6 +70,62 @@ __device__ inline void add_row(const float (&sums)[kCount], int half, float scal
   }
 }
 
+/// Writes a row's sums: see Gradient. `row` counts in the class.
+template <typename Element, int kCount>
+__device__ inline void write_row(const GradientArguments& arguments, const Gradient& gradient,
+                                 const Tile& tile, int row, std::int64_t token, int heads_per_head,
+                                 float (&sums)[kCount], int half) {
+  const Call& call = arguments.call;
+  const int head = tile.head / heads_per_head;
+  std::byte* const to = rows_of(gradient.result, tile.batch, head).row(token);
+  if (gradient.partial == nullptr) {
+    add_row(sums, half, gradient.scale, to);
+    return;
+  }
+  const int column = threadIdx.x % 4 * 2;
+  const auto partial = [&](std::int64_t slot, int j) -> float2& {
+    const std::int64_t at =
+        (std::int64_t{tile.batch} * (call.num_heads / heads_per_head) + head) *
+        arguments.partial_rows;
+    return *reinterpret_cast<float2*>(gradient.partial + (at + slot) * (2 * kCount) + 8 * j +
+                                      column);
+  };
+  const auto sum = [&](int j) -> float2 {
+    return {gradient.scale * sums[4 * j + 2 * half], gradient.scale * sums[4 * j + 2 * half + 1]};
+  };
+  if (!arguments.merges) {
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j) {
+      partial(tile.saved + row, j) = sum(j);
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kCount / 4; ++j) {
+    const float2 own = sum(j);
+    sums[4 * j + 2 * half] = own.x;
+    sums[4 * j + 2 * half + 1] = own.y;
+  }
+#pragma unroll 1
+  for (int rank = 1; rank < call.num_branches; ++rank) {
+    const std::int64_t slot =
+        slot_of(call, tile, rank, tile.head, static_cast<int>(tile.position) + row);
+    if (slot >= 0) {
+#pragma unroll
+      for (int j = 0; j < kCount / 4; ++j) {
+        const float2 other = partial(slot, j);
+        sums[4 * j + 2 * half] += other.x;
+        sums[4 * j + 2 * half + 1] += other.y;
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kCount / 4; ++j) {
+    reinterpret_cast<std::uint32_t*>(to)[(8 * j + column) / 2] =
+        pack<Element>(sums[4 * j + 2 * half], sums[4 * j + 2 * half + 1]);
+  }
+}
+
 /// One warpgroup of 64 query rows.
 template <typename Shared, int kHeadDim, bool kCausal>
 class QueryGradient {
@@ -100,14 +156,13 @@ class QueryGradient {
       for (; n >= 0; --n) {
         step<false>(tile, n, n < count - 1);
       }
-      arrive_warp(shared_.staying_empty);
-      const auto rows = rows_of(arguments_.dquery, tile.batch, tile.head);
       const auto dilation = arguments_.call.branches[tile.branch].dilation;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = tile.queries.first + row_ + 8 * half;
         if (row < tile.queries.last) {
-          add_row(acc_, half, arguments_.call.scale, rows.row(tile.token + row * dilation));
+          write_row<Element>(arguments_, arguments_.dquery, tile, row,
+                             tile.token + row * dilation, 1, acc_, half);
         }
       }
     });
@@ -132,7 +187,7 @@ class QueryGradient {
     const int stage = pass_.stage;
     float scores[kScores];
     float dscores[kScores];
-    shared_.key_clean[stage].wait(pass_.parity);
+    shared_.key_full[stage].wait(pass_.parity);
     multiply_rows(scores, shared_.query, first_row_, shared_.key[stage]);
     shared_.value_full[stage].wait(pass_.parity);
     multiply_rows(dscores, shared_.dout, first_row_, shared_.value[stage]);
@@ -147,6 +202,9 @@ class QueryGradient {
     wait_products<0>();
     pin(dscores);
     arrive_warp(shared_.value_empty[stage]);
+    if (n == 0) {
+      arrive_warp(shared_.staying_empty);
+    }
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
       dscores[i] = scores[i] * fmaf(call.out_scale, dscores[i], -numbers_[i / 2 % 2].delta);
@@ -163,6 +221,7 @@ class QueryGradient {
     }
     std::uint32_t operands[kScores / 8][4];
     pack_operands<Element>(dscores, operands);
+    shared_.key_clean[stage].wait(pass_.parity);
     if (kMasked && kCausal && shared_.key_is_bad[stage]) {
       // Rows that see what is not finite have it in their scores; others must not have 0 * NaN.
       named_barrier(1, Shared::kConsumerThreads);
@@ -220,27 +279,23 @@ class KeyGradient {
       if (kCausal && tile.has_bad_values) {
         add_bad_values(tile);
       }
-      const int kv_head = tile.head / arguments_.call.heads_per_kv_head;
-      const auto dkeys = rows_of(arguments_.dkey, tile.batch, kv_head);
-      const auto dvalues = rows_of(arguments_.dvalue, tile.batch, kv_head);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = tile.keys.first + row_ + 8 * half;
         if (row < tile.keys.last) {
-          const std::int64_t token = key_token(tile, row);
-          add_row(dkey_, half, arguments_.call.scale, dkeys.row(token));
-          add_row(dvalue_, half, arguments_.call.out_scale, dvalues.row(token));
+          const std::int64_t token =
+              (std::int64_t{tile.key_row} + row) *
+                  arguments_.call.branches[tile.branch].dilation +
+              tile.key_residue;
+          const int heads = arguments_.call.heads_per_kv_head;
+          write_row<Element>(arguments_, arguments_.dkey, tile, row, token, heads, dkey_, half);
+          write_row<Element>(arguments_, arguments_.dvalue, tile, row, token, heads, dvalue_, half);
         }
       }
     });
   }
 
  private:
-  __device__ std::int64_t key_token(const Tile& tile, int row) const {
-    return (std::int64_t{tile.key_row} + row) * arguments_.call.branches[tile.branch].dilation +
-           tile.key_residue;
-  }
-
   __device__ void step(const Tile& tile, int q, bool accumulate) {
     const int stage = pass_.stage;
     float scores[kScores];
@@ -400,7 +455,7 @@ __global__ void __launch_bounds__(BackwardThreads::kThreads, 1)
                Shared::is_first_head(arguments.call, tile);
       });
     } else if (warp == 2) {
-      shared.template guard<kCausal>(arguments.call);
+      shared.guard(arguments.call);
     } else if (warp == 3) {
       shared.load_numbers(arguments);
     }
@@ -412,34 +467,36 @@ __global__ void __launch_bounds__(BackwardThreads::kThreads, 1)
 
 template <typename Shared>
 void launch_gradient(void (*kernel)(GradientArguments), const GradientArguments& arguments,
-                     int multiprocessors, cudaStream_t stream, const char* what) {
-  launch(kernel, {std::min<std::int64_t>(arguments.range.num_tiles, multiprocessors)},
+                     cudaStream_t stream, const char* what) {
+  launch(kernel, {std::min<std::int64_t>(arguments.range.num_tiles, count_multiprocessors())},
          BackwardThreads::kThreads, sizeof(Shared), stream, arguments, what);
 }
 
-/// One launch for one dtype; each is a file of its own, so that they compile side by side.
+/// Launches for one dtype; each is a file of its own, so that they compile side by side.
 template <typename Element>
-void run_gradients(const GradientArguments& of_queries, const GradientArguments& of_keys,
-                   int multiprocessors, cudaStream_t stream) {
-  const auto run = [&]<int kHeadDim, bool kCausal>() {
+void run_query_gradient(const GradientArguments& arguments, cudaStream_t stream) {
+  const auto run = [&]<int kHeadDim>() {
     launch_gradient<QueryGradientShared<Element, kHeadDim>>(
-        query_gradient_kernel<Element, kHeadDim, kCausal>, of_queries, multiprocessors, stream,
-        "backward: dquery");
+        arguments.call.is_causal ? query_gradient_kernel<Element, kHeadDim, true>
+                                 : query_gradient_kernel<Element, kHeadDim, false>,
+        arguments, stream, "backward: dquery");
+  };
+  arguments.call.head_dim == 64 ? run.template operator()<64>() : run.template operator()<128>();
+}
+template <typename Element>
+void run_key_gradient(const GradientArguments& arguments, cudaStream_t stream) {
+  const auto run = [&]<int kHeadDim>() {
     launch_gradient<KeyGradientShared<Element, kHeadDim>>(
-        key_gradient_kernel<Element, kHeadDim, kCausal>, of_keys, multiprocessors, stream,
-        "backward: dkey, dvalue");
+        arguments.call.is_causal ? key_gradient_kernel<Element, kHeadDim, true>
+                                 : key_gradient_kernel<Element, kHeadDim, false>,
+        arguments, stream, "backward: dkey, dvalue");
   };
-  const auto choose = [&]<int kHeadDim>() {
-    of_queries.call.is_causal ? run.template operator()<kHeadDim, true>()
-                              : run.template operator()<kHeadDim, false>();
-  };
-  of_queries.call.head_dim == 64 ? choose.template operator()<64>()
-                                 : choose.template operator()<128>();
+  arguments.call.head_dim == 64 ? run.template operator()<64>() : run.template operator()<128>();
 }
 
-extern template void run_gradients<__nv_bfloat16>(const GradientArguments&,
-                                                  const GradientArguments&, int, cudaStream_t);
-extern template void run_gradients<__half>(const GradientArguments&, const GradientArguments&, int,
-                                           cudaStream_t);
+extern template void run_query_gradient<__nv_bfloat16>(const GradientArguments&, cudaStream_t);
+extern template void run_query_gradient<__half>(const GradientArguments&, cudaStream_t);
+extern template void run_key_gradient<__nv_bfloat16>(const GradientArguments&, cudaStream_t);
+extern template void run_key_gradient<__half>(const GradientArguments&, cudaStream_t);
 
 }  // namespace dilated::gpu::sm90

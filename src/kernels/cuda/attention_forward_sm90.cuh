@@ -231,29 +231,11 @@ class Consumer {
     }
   }
 
-  /// Slot of position `p` in the results of the branch of a rank; -1 if the head does not see it
-  /// there. Queries are whole sequences.
-  __device__ std::int64_t partial_slot(const Tile& tile, int rank, int p) const {
-    const Call& call = arguments_.call;
-    const TileGroup& group = call.query_groups[rank * call.num_sequences + tile.sequence];
-    const auto segment_length =
-        static_cast<int>(min(call.branches[group.branch].segment, tile.length));
-    const auto dilation = static_cast<int>(call.branches[group.branch].dilation);
-    const int segment = p / segment_length;
-    const int inside = p - segment * segment_length;
-    const int i = inside / dilation;
-    const auto offset =
-        static_cast<int>(call.offsets[std::int64_t{group.branch} * call.num_heads + tile.head]);
-    const int slots = segment_length / dilation + (segment_length % dilation != 0 ? 1 : 0);
-    return inside - i * dilation == offset ? group.row_begin + std::int64_t{segment} * slots + i
-                                           : -1;
-  }
-
   __device__ void write_merged(const Tile& tile, int i, ScaledSum<float> total) {
     const Call& call = arguments_.call;
     const int position = static_cast<int>(tile.position) + row(tile, i);
     for (int rank = 1; rank < call.num_branches; ++rank) {
-      const std::int64_t slot = partial_slot(tile, rank, position);
+      const std::int64_t slot = slot_of(call, tile, rank, tile.head, position);
       if (slot < 0) {
         continue;
       }

@@ -10,16 +10,28 @@
 
 namespace dilated::gpu::sm90 {
 
-/// One branch.
+struct BackwardMaps {
+  DilatedMaps query, dout, key, value;
+};
+
+/// A result and what other branches give to it. Sparse branches that run before a dense one, which
+/// writes the result, leave float32 rows like branch results; else every branch adds to float32 sums.
+struct Gradient {
+  TensorView result;
+  float* partial;  // (batch, heads, partial_rows, head_dim) or null: `result` is the sums
+  float scale;
+};
+
+/// Of one branch, or of all but the dense one.
 struct GradientArguments {
   Call call;
-  DilatedMaps query, dout, key, value;
+  BackwardMaps maps[kMostBranches];  // by number of the branch
   TileRange range;
   const RowNumbers* row_numbers;  // (batch, heads, branch_rows)
   ConstTensorView dout_rows;
-  TensorView dquery;  // float32 sums
-  TensorView dkey;
-  TensorView dvalue;
+  bool merges;  // the dense branch after the others
+  std::int64_t partial_rows;
+  Gradient dquery, dkey, dvalue;
 };
 
 /// Two warpgroups own 64 rows each of what stays; another loads, looks up and guards.
@@ -80,27 +92,28 @@ struct alignas(1024) QueryGradientShared : BackwardThreads {
     Ring<1> stay;
     Ring<kStages> pass;
     tiles.template read<true>([&](const Tile& tile) {
+      const BackwardMaps& maps = arguments.maps[tile.branch];
       const int count = tile.keys.tiles(kKeys);
       const int kv_head = tile.head / arguments.call.heads_per_kv_head;
       const int first = tile.key_row + tile.keys.first;
       for (int n = count - 1; n >= 0; --n) {
         key_empty[pass.stage].wait(pass.parity ^ 1);
         key_full[pass.stage].arrive_and_expect(sizeof(Passing));
-        load_rows(key[pass.stage], arguments.key, first + n * kKeys, tile.key_residue, kv_head,
+        load_rows(key[pass.stage], maps.key, first + n * kKeys, tile.key_residue, kv_head,
                   tile.batch, key_full[pass.stage]);
         if (n == count - 1) {
           staying_empty.wait(stay.parity ^ 1);
           staying_full.arrive_and_expect(2 * sizeof(Staying));
           const int row = tile.query_row + tile.queries.first;
-          load_rows(query, arguments.query, row, tile.query_residue, tile.head, tile.batch,
+          load_rows(query, maps.query, row, tile.query_residue, tile.head, tile.batch,
                     staying_full);
-          load_rows(dout, arguments.dout, row, tile.query_residue, tile.head, tile.batch,
+          load_rows(dout, maps.dout, row, tile.query_residue, tile.head, tile.batch,
                     staying_full);
           stay.step();
         }
         value_empty[pass.stage].wait(pass.parity ^ 1);
         value_full[pass.stage].arrive_and_expect(sizeof(Passing));
-        load_rows(value[pass.stage], arguments.value, first + n * kKeys, tile.key_residue, kv_head,
+        load_rows(value[pass.stage], maps.value, first + n * kKeys, tile.key_residue, kv_head,
                   tile.batch, value_full[pass.stage]);
         pass.step();
       }
@@ -194,42 +207,48 @@ struct alignas(1024) KeyGradientShared : BackwardThreads {
     Ring<1> stay;
     Ring<kStages> pass;
     tiles.template read<true>([&](const Tile& tile) {
+      const BackwardMaps& maps = arguments.maps[tile.branch];
       const int kv_head = tile.head / arguments.call.heads_per_kv_head;
       staying_empty.wait(stay.parity ^ 1);
       staying_full.arrive_and_expect(2 * sizeof(Staying));
       const int row = tile.key_row + tile.keys.first;
-      load_rows(key, arguments.key, row, tile.key_residue, kv_head, tile.batch, staying_full);
-      load_rows(value, arguments.value, row, tile.key_residue, kv_head, tile.batch, staying_full);
+      load_rows(key, maps.key, row, tile.key_residue, kv_head, tile.batch, staying_full);
+      load_rows(value, maps.value, row, tile.key_residue, kv_head, tile.batch, staying_full);
       stay.step();
       for_each_block(arguments.call, tile, [&](int head, int q) {
         empty[pass.stage].wait(pass.parity ^ 1);
         full[pass.stage].arrive_and_expect(2 * sizeof(Passing));
-        load_rows(query[pass.stage], arguments.query, tile.query_row + q, tile.query_residue, head,
+        load_rows(query[pass.stage], maps.query, tile.query_row + q, tile.query_residue, head,
                   tile.batch, full[pass.stage]);
-        load_rows(dout[pass.stage], arguments.dout, tile.query_row + q, tile.query_residue, head,
+        load_rows(dout[pass.stage], maps.dout, tile.query_row + q, tile.query_residue, head,
                   tile.batch, full[pass.stage]);
         pass.step();
       });
     });
   }
 
-  /// One warp; rows beyond the queries contribute nothing.
+  /// One warp; rows beyond the queries contribute nothing. A query or a dO that is not finite has
+  /// numbers that are not.
   __device__ void load_numbers(const GradientArguments& arguments) {
     const Call& call = arguments.call;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     Ring<kStages> pass;
-    tiles.read([&](const Tile& tile) {
+    tiles.read([&](Tile& tile) {
       for_each_block(call, tile, [&](int head, int q) {
         const RowNumbers* const numbers =
             arguments.row_numbers +
             (std::int64_t{tile.batch} * call.num_heads + head) * call.branch_rows + tile.saved + q;
         RowNumbers own[kQueries / 32];
+        bool bad = false;
 #pragma unroll
         for (int i = 0; i < kQueries / 32; ++i) {
           const int at = 32 * i + lane;
           own[i] = q + at < tile.queries.last ? numbers[at]
                                               : RowNumbers{INFINITY, 0.0f, 0.0f, 0.0f};
+          bad |= q + at < tile.queries.last &&
+                 !(isfinite(own[i].base) && isfinite(own[i].residual) && isfinite(own[i].delta));
         }
+        bad = __any_sync(0xFFFFFFFFu, bad);
         empty[pass.stage].wait(pass.parity ^ 1);
 #pragma unroll
         for (int i = 0; i < kQueries / 32; ++i) {
@@ -237,31 +256,27 @@ struct alignas(1024) KeyGradientShared : BackwardThreads {
           residual[pass.stage][32 * i + lane] = own[i].residual;
           delta[pass.stage][32 * i + lane] = own[i].delta;
         }
+        if (bad) {
+          tile.has_bad_values = true;
+        }
+        is_bad[pass.stage] = bad;
         arrive_warp(clean[pass.stage]);
         pass.step();
       });
     });
   }
 
-  /// Queries and dO are summed over: see QueryGradientShared::guard().
-  template <bool kCausal>
+  /// Queries and dO are summed over: what lies beyond them is cleared.
   __device__ void guard(const Call& call) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     Ring<kStages> pass;
-    tiles.read([&](Tile& tile) {
+    tiles.read([&](const Tile& tile) {
       for_each_block(call, tile, [&](int, int q) {
         full[pass.stage].wait(pass.parity);
         const int end = tile.queries.last - q;
-        const bool on_diagonal = kCausal && q < tile.keys.last - 1;
-        if (on_diagonal || end < kQueries) {
-          const int begin = on_diagonal ? 0 : end;
-          bool bad = guard_rows<kCausal, false, kQueries>(query[pass.stage], begin, end, lane, 32);
-          bad |= guard_rows<kCausal, false, kQueries>(dout[pass.stage], begin, end, lane, 32);
-          if (kCausal) {
-            bad = __any_sync(0xFFFFFFFFu, bad);
-            is_bad[pass.stage] = bad;
-            tile.has_bad_values |= bad;
-          }
+        if (end < kQueries) {
+          guard_rows<false, false, kQueries>(query[pass.stage], end, end, lane, 32);
+          guard_rows<false, false, kQueries>(dout[pass.stage], end, end, lane, 32);
         }
         arrive_warp(clean[pass.stage]);
         pass.step();

@@ -102,14 +102,25 @@ std::string reason_against_sm90(const Plan& plan, const Target& target) {
   return "";
 }
 
-/// Whether the kernel of the first branch can write the result: its rows are all rows.
-bool can_merge_in_dense(const Plan& plan, std::size_t first) {
-  const Problem& problem = plan.problem();
-  const Branch& branch = problem.branches[first];
-  return branch.dilation == 1 && problem.merge == Merge::kLse && !plan.needs_branch_outputs() &&
-         problem.windows.empty() && !problem.has_seqused &&
+/// Whether the rows of a branch are all rows.
+bool is_dense(const Problem& problem, std::size_t b) {
+  const Branch& branch = problem.branches[b];
+  return branch.dilation == 1 && problem.windows.empty() && !problem.has_seqused &&
          std::all_of(branch.offsets.begin(), branch.offsets.end(),
                      [](std::int64_t offset) { return offset == 0; });
+}
+
+/// Whether the query heads of every key/value head see the same rows of each branch.
+bool shares_rows(const Problem& problem) {
+  const auto group = static_cast<std::size_t>(problem.heads_per_kv_head());
+  return std::all_of(problem.branches.begin(), problem.branches.end(), [&](const Branch& branch) {
+    for (std::size_t h = 0; h < branch.offsets.size(); ++h) {
+      if (branch.offsets[h] != branch.offsets[h / group * group]) {
+        return false;
+      }
+    }
+    return true;
+  });
 }
 
 }  // namespace
@@ -117,6 +128,7 @@ bool can_merge_in_dense(const Plan& plan, std::size_t first) {
 CudaDecision::CudaDecision(const Plan& plan, const Target& target)
     : not_sm90(reason_against_sm90(plan, target)),
       merges_in_dense(false),
+      merges_gradients(false),
       padded_head_dim(padded(plan.problem().head_dim)),
       tiles(tile_shape(padded_head_dim * static_cast<int>(size_of(plan.problem().dtype)))),
       branch_order(ascending_branches(plan.problem())) {
@@ -147,7 +159,9 @@ CudaDecision::CudaDecision(const Plan& plan, const Target& target)
   std::vector<TileGroup> backward_query_groups;
   std::vector<TileGroup> backward_key_groups;
   if (not_sm90.empty()) {
-    merges_in_dense = can_merge_in_dense(plan, branch_order.front());
+    const bool dense = is_dense(problem, branch_order.front());
+    merges_in_dense = dense && problem.merge == Merge::kLse && !plan.needs_branch_outputs();
+    merges_gradients = dense && shares_rows(problem);
     forward_tiles = backward_query_tiles = backward_key_tiles = {0};
     for (const std::size_t branch : branch_order) {
       forward_tiles.push_back(forward_tiles.back());
@@ -167,7 +181,7 @@ CudaDecision::CudaDecision(const Plan& plan, const Target& target)
         std::max({forward_tiles.back(), backward_query_tiles.back(), backward_key_tiles.back()});
     if (most * problem.num_heads >= std::int64_t{1} << 31) {
       not_sm90 = "2^31 tiles or more";
-      merges_in_dense = false;
+      merges_in_dense = merges_gradients = false;
       forward_groups.clear();
       backward_query_groups.clear();
       backward_key_groups.clear();
@@ -198,12 +212,17 @@ CudaDecision::CudaDecision(const Plan& plan, const Target& target)
   branch_sums = whole_pieces(rows * 8);
   branch_out = whole_pieces(rows * 4 * problem.head_dim);
   row_numbers = whole_pieces(rows * 16);
-  query_gradient = rounds ? whole_pieces(problem.batch * problem.query_rows() * problem.num_heads *
-                                         4 * problem.head_dim)
-                          : 0;
-  key_gradient = rounds ? whole_pieces(problem.batch * problem.key_rows() * problem.num_kv_heads *
-                                       4 * problem.head_dim)
-                        : 0;
+  partial_rows = plan.branch_rows();
+  if (merges_gradients && branch_order.front() == 0) {
+    partial_rows -= problem.branches.size() > 1 ? plan.branch_row_begin(1, 0) : partial_rows;
+  }
+  // Sums of all rows, also where parts take less: dO may come in float32.
+  const auto gradient = [&](std::int64_t heads, std::int64_t sum_rows) {
+    const std::int64_t most = merges_gradients ? std::max(sum_rows, partial_rows) : sum_rows;
+    return rounds ? whole_pieces(problem.batch * heads * most * 4 * problem.head_dim) : 0;
+  };
+  query_gradient = gradient(problem.num_heads, problem.query_rows());
+  key_gradient = gradient(problem.num_kv_heads, problem.key_rows());
 }
 
 std::int64_t CudaDecision::workspace_bytes(Pass pass) const {
@@ -223,8 +242,11 @@ std::string CudaDecision::to_string() const {
                         tiles.forward_columns, query_tiles.back(), merge);
   const std::string backward =
       not_sm90.empty()
-          ? fmt::format("sm_90a (sm_80 if gradients come in float32), tiles {}, {} + {} per head",
-                        kBackwardRows, backward_query_tiles.back(), backward_key_tiles.back())
+          ? fmt::format(
+                "sm_90a (sm_80 if dout is float32), tiles {}, {} + {} per head; {}", kBackwardRows,
+                backward_query_tiles.back(), backward_key_tiles.back(),
+                merges_gradients ? fmt::format("merged by branch {}", branch_order.front())
+                                 : "summed branch by branch")
           : fmt::format("sm_80 ({}), tiles {} x {}, {} + {} per head", not_sm90, tiles.rows,
                         tiles.backward_columns, query_tiles.back(), key_tiles.back());
   return fmt::format("head_dim      as {}\nbranch order  [{}]\nforward       {}\nbackward      {}\n",

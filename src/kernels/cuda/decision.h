@@ -77,6 +77,8 @@ struct CudaDecision final : Decision {
   std::string not_sm90;
   /// The first branch of the merge is dense and runs in every head: its kernel merges the others.
   bool merges_in_dense;
+  /// Backward on sm_90a: it writes the gradients, the others before it leave their parts.
+  bool merges_gradients;
   int padded_head_dim;
   TileShape tiles;
   /// Branch numbers in ascending order of segment length: the order of merges; backward goes down.
@@ -99,7 +101,8 @@ struct CudaDecision final : Decision {
   std::int64_t branch_sums;     // forward: (max, sum) of every branch row
   std::int64_t branch_out;      // forward: O_b of every branch row, float32
   std::int64_t row_numbers;     // backward: (base, residual, delta) of every branch row
-  std::int64_t query_gradient;  // backward: float32 sums of gradients that are rounded
+  std::int64_t partial_rows;    // of parts of gradients; rows of a dense branch 0 are left out
+  std::int64_t query_gradient;  // backward: float32 sums, or parts, of gradients that are rounded
   std::int64_t key_gradient;    // once for dkey, once for dvalue
 
   explicit CudaDecision(const Plan& plan, const Target& target = {});

@@ -109,6 +109,23 @@ __device__ inline bool find_tile(const Call& call, const TileRange& range, std::
   return true;
 }
 
+/// Slot of position `p` in the branch results of the branch of a rank; -1 if the head does not see it
+/// there. Queries are whole sequences.
+__device__ inline std::int64_t slot_of(const Call& call, const Tile& tile, int rank, int head,
+                                       int p) {
+  const TileGroup& group = call.query_groups[rank * call.num_sequences + tile.sequence];
+  const auto segment_length =
+      static_cast<int>(min(call.branches[group.branch].segment, tile.length));
+  const auto dilation = static_cast<int>(call.branches[group.branch].dilation);
+  const int segment = p / segment_length;
+  const int inside = p - segment * segment_length;
+  const int i = inside / dilation;
+  const auto offset =
+      static_cast<int>(call.offsets[std::int64_t{group.branch} * call.num_heads + head]);
+  const int slots = segment_length / dilation + (segment_length % dilation != 0 ? 1 : 0);
+  return inside - i * dilation == offset ? group.row_begin + std::int64_t{segment} * slots + i : -1;
+}
+
 /// Index and parity of a ring of `kStages` buffers.
 template <int kStages>
 struct Ring {
@@ -216,22 +233,24 @@ template <bool kFinds, bool kClears, int kRows, typename Element, int kPanels, i
 __device__ inline bool guard_rows(Element (&tile)[kPanels][kElements], int begin, int end,
                                   int thread, int threads) {
   static_assert(kElements == kRows * kPanelColumns);
-  bool is_bad = false;
-  for (int i = max(0, min(begin, end)) * kRowPieces + thread; i < kRows * kRowPieces;
-       i += threads) {
+  const auto for_each_piece = [&](int first, int last, const auto& work) {
+#pragma unroll 2
+    for (int i = max(0, first) * kRowPieces + thread; i < min(last, kRows) * kRowPieces;
+         i += threads) {
 #pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
-      uint4& piece = reinterpret_cast<uint4*>(tile[panel])[i];
-      if (i >= end * kRowPieces) {
-        piece = uint4{0, 0, 0, 0};
-      } else if (kFinds && has_bad<Element>(piece)) {
-        is_bad = true;
-        if constexpr (kClears) {
-          clear_bad<Element>(piece);
-        }
+      for (int panel = 0; panel < kPanels; ++panel) {
+        work(reinterpret_cast<uint4*>(tile[panel])[i]);
       }
     }
+  };
+  bool is_bad = false;
+  if constexpr (kFinds) {
+    for_each_piece(begin, end, [&](const uint4& piece) { is_bad |= has_bad<Element>(piece); });
+    if (kClears && is_bad) {
+      for_each_piece(begin, end, [](uint4& piece) { clear_bad<Element>(piece); });
+    }
   }
+  for_each_piece(end, kRows, [](uint4& piece) { piece = uint4{0, 0, 0, 0}; });
   fence_async_proxy();
   return is_bad;
 }

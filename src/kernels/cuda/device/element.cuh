@@ -12,6 +12,9 @@
 
 namespace dilated::gpu {
 
+/// Neighbouring elements that one thread loads or stores at once.
+inline constexpr int kPieceColumns = 8;
+
 template <typename Element>
 inline constexpr DType kDTypeOf = std::is_same_v<Element, float>           ? DType::kFloat32
                                   : std::is_same_v<Element, __nv_bfloat16> ? DType::kBFloat16
@@ -42,6 +45,52 @@ __device__ inline void store_element(std::byte* row, DType dtype, int column, fl
       break;
     default:
       reinterpret_cast<float*>(row)[column] = value;
+  }
+}
+
+/// Whether the columns from `column` on are a whole piece at an address that can be read at once.
+__device__ inline bool is_whole_piece(const std::byte* row, DType dtype, int column, int columns) {
+  const auto address = reinterpret_cast<std::uintptr_t>(row) +
+                       static_cast<std::uintptr_t>(column * bytes_of(dtype));
+  return column + kPieceColumns <= columns && address % 16 == 0;
+}
+
+/// Columns from `column` on; zeros beyond `columns`.
+__device__ inline void load_piece(const std::byte* row, DType dtype, int column, int columns,
+                                  float (&to)[kPieceColumns]) {
+  if (!is_whole_piece(row, dtype, column, columns)) {
+    for (int i = 0; i < kPieceColumns; ++i) {
+      to[i] = column + i < columns ? load_element(row, dtype, column + i) : 0.0f;
+    }
+    return;
+  }
+  uint4 words[2];
+  const auto* const from = reinterpret_cast<const uint4*>(row + column * bytes_of(dtype));
+  words[0] = from[0];
+  words[1] = dtype == DType::kFloat32 ? from[1] : uint4{};
+#pragma unroll
+  for (int i = 0; i < kPieceColumns; ++i) {
+    to[i] = load_element(reinterpret_cast<const std::byte*>(words), dtype, i);
+  }
+}
+
+__device__ inline void store_piece(std::byte* row, DType dtype, int column, int columns,
+                                   const float (&from)[kPieceColumns]) {
+  if (!is_whole_piece(row, dtype, column, columns)) {
+    for (int i = 0; i < kPieceColumns && column + i < columns; ++i) {
+      store_element(row, dtype, column + i, from[i]);
+    }
+    return;
+  }
+  uint4 words[2];
+#pragma unroll
+  for (int i = 0; i < kPieceColumns; ++i) {
+    store_element(reinterpret_cast<std::byte*>(words), dtype, i, from[i]);
+  }
+  auto* const to = reinterpret_cast<uint4*>(row + column * bytes_of(dtype));
+  to[0] = words[0];
+  if (dtype == DType::kFloat32) {
+    to[1] = words[1];
   }
 }
 
