@@ -21,6 +21,7 @@ struct NumbersArguments {
   ConstTensorView branch_lse;
   RowNumbers* row_numbers;
   int tile_rows;
+  bool of_dense;  // tiles are those of a dense branch; others of the row get the same numbers
 };
 
 /// Branches that cover position `p` for a head.
@@ -97,13 +98,20 @@ __global__ void row_numbers_kernel(const __grid_constant__ NumbersArguments argu
   for (int step = 1; step < kRowThreads; step *= 2) {
     dot += __shfl_xor_sync(mates, dot, step);
   }
-  if (lane != 0) {
-    return;
-  }
   const bool has_keys = sum.lse != kAbsentLse<float>;
-  arguments.row_numbers[(batch * call.num_heads + head) * call.branch_rows + saved] = {
-      has_keys ? call.units.base_of(sum.lse) : INFINITY, has_keys ? sum.residual : 0.0f,
-      has_keys ? delta + dot : 0.0f, 0.0f};
+  const RowNumbers numbers = {has_keys ? call.units.base_of(sum.lse) : INFINITY,
+                              has_keys ? sum.residual : 0.0f, has_keys ? delta + dot : 0.0f, 0.0f};
+  RowNumbers* const to =
+      arguments.row_numbers + (batch * call.num_heads + head) * call.branch_rows;
+  for (int rank = lane; rank < (arguments.of_dense ? call.num_branches : 1); rank += kRowThreads) {
+    const std::int64_t slot =
+        rank == 0 ? saved
+                  : SlotFinder(call, piece.sequence_index, piece.sequence.length, rank,
+                               head)(static_cast<int>(piece.position(row)));
+    if (slot >= 0) {
+      to[slot] = numbers;
+    }
+  }
 }
 
 struct RowsArguments {
@@ -185,7 +193,9 @@ void attention_backward(const Plan& plan, const BackwardTensors& tensors, const 
   for (int i = 0; i < 3 && !merges; ++i) {
     write_rows(*targets[i], {}, stream);
   }
-  launch(row_numbers_kernel, {decision.query_tiles.back(), problem.num_heads},
+  const bool of_dense = decision.merges_gradients && !plan.needs_branch_outputs();
+  launch(row_numbers_kernel,
+         {of_dense ? decision.query_tiles[1] : decision.query_tiles.back(), problem.num_heads},
          kRowThreads * decision.tiles.rows, 0, stream,
          NumbersArguments{.call = arguments.call,
                           .dtype = problem.dtype,
@@ -197,7 +207,8 @@ void attention_backward(const Plan& plan, const BackwardTensors& tensors, const 
                           .branch_out = tensors.branch_out,
                           .branch_lse = tensors.branch_lse,
                           .row_numbers = arguments.row_numbers,
-                          .tile_rows = decision.tiles.rows},
+                          .tile_rows = decision.tiles.rows,
+                          .of_dense = of_dense},
          "backward: row numbers");
   if (on_sm90) {
     const auto partial = [&](int i) {

@@ -11,19 +11,22 @@ GradientArguments arguments_of(const gpu::BackwardArguments& all, const PartialG
   const Call& call = all.call;
   const auto& decision = static_cast<const CudaDecision&>(plan.decision());
   // Rows of a dense branch that comes first are left out.
-  const std::int64_t left_out = plan.branch_rows() - decision.partial_rows;
+  const std::int64_t left_out = plan.branch_rows() - decision.part_rows;
   const auto gradient = [&](const TensorView& result, float* memory, float scale) {
     return Gradient{.result = result,
-                    .partial = memory == nullptr ? nullptr : memory - left_out * call.head_dim,
+                    .parts = memory == nullptr ? nullptr : memory - left_out * call.head_dim,
+                    .heads = result.shape[2],
                     .scale = scale};
   };
   return {.call = call,
           .maps = {},
           .range = {},
           .row_numbers = all.row_numbers,
-          .dout_rows = all.dout,
+          .query = all.query,
+          .dout = all.dout,
+          .key = all.key,
           .merges = partial.dquery != nullptr && first == 0,
-          .partial_rows = decision.partial_rows,
+          .part_rows = decision.part_rows,
           .dquery = gradient(all.dquery, partial.dquery, call.scale),
           .dkey = gradient(all.dkey, partial.dkey, call.scale),
           .dvalue = gradient(all.dvalue, partial.dvalue, call.out_scale)};

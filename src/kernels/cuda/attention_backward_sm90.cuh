@@ -70,59 +70,60 @@ __device__ inline void add_row(const float (&sums)[kCount], int half, float scal
   }
 }
 
-/// Writes a row's sums: see Gradient. `row` counts in the class.
-template <typename Element, int kCount>
-__device__ inline void write_row(const GradientArguments& arguments, const Gradient& gradient,
-                                 const Tile& tile, int row, std::int64_t token, int heads_per_head,
-                                 float (&sums)[kCount], int half) {
+/// Writes the sums of this thread's two rows: see Gradient. `row` counts in the tile; `token` is that
+/// of row 0 of the class.
+template <typename Element, int kCount, int kRows>
+__device__ inline void write_rows(const GradientArguments& arguments, const Gradient& gradient,
+                                  const Tile& tile, const TileRows& rows, int row,
+                                  std::int64_t token, int head, const PartSlots<kRows>& parts,
+                                  float (&sums)[kCount]) {
   const Call& call = arguments.call;
-  const int head = tile.head / heads_per_head;
-  std::byte* const to = rows_of(gradient.result, tile.batch, head).row(token);
-  if (gradient.partial == nullptr) {
-    add_row(sums, half, gradient.scale, to);
-    return;
-  }
   const int column = threadIdx.x % 4 * 2;
-  const auto partial = [&](std::int64_t slot, int j) -> float2& {
-    const std::int64_t at =
-        (std::int64_t{tile.batch} * (call.num_heads / heads_per_head) + head) *
-        arguments.partial_rows;
-    return *reinterpret_cast<float2*>(gradient.partial + (at + slot) * (2 * kCount) + 8 * j +
-                                      column);
-  };
-  const auto sum = [&](int j) -> float2 {
-    return {gradient.scale * sums[4 * j + 2 * half], gradient.scale * sums[4 * j + 2 * half + 1]};
-  };
-  if (!arguments.merges) {
-#pragma unroll
-    for (int j = 0; j < kCount / 4; ++j) {
-      partial(tile.saved + row, j) = sum(j);
-    }
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j < kCount / 4; ++j) {
-    const float2 own = sum(j);
-    sums[4 * j + 2 * half] = own.x;
-    sums[4 * j + 2 * half + 1] = own.y;
-  }
+  const auto result = rows_of(gradient.result, tile.batch, head);
+  const std::int64_t dilation = call.branches[tile.branch].dilation;
+  if (arguments.merges) {
 #pragma unroll 1
-  for (int rank = 1; rank < call.num_branches; ++rank) {
-    const std::int64_t slot =
-        slot_of(call, tile, rank, tile.head, static_cast<int>(tile.position) + row);
-    if (slot >= 0) {
+    for (int rank = 1; rank < call.num_branches; ++rank) {
 #pragma unroll
-      for (int j = 0; j < kCount / 4; ++j) {
-        const float2 other = partial(slot, j);
-        sums[4 * j + 2 * half] += other.x;
-        sums[4 * j + 2 * half + 1] += other.y;
+      for (int half = 0; half < 2; ++half) {
+        const int slot = parts.slot[rank - 1][row + 8 * half];
+        if (slot < 0) {
+          continue;
+        }
+        const float* const part = gradient.part(arguments, tile.batch, head, slot) + column;
+#pragma unroll
+        for (int j = 0; j < kCount / 4; ++j) {
+          const float2 other = *reinterpret_cast<const float2*>(part + 8 * j);
+          sums[4 * j + 2 * half] += other.x;
+          sums[4 * j + 2 * half + 1] += other.y;
+        }
       }
     }
   }
 #pragma unroll
-  for (int j = 0; j < kCount / 4; ++j) {
-    reinterpret_cast<std::uint32_t*>(to)[(8 * j + column) / 2] =
-        pack<Element>(sums[4 * j + 2 * half], sums[4 * j + 2 * half + 1]);
+  for (int half = 0; half < 2; ++half) {
+    const int at = rows.first + row + 8 * half;
+    if (at >= rows.last) {
+      continue;
+    }
+    std::byte* const to = result.row(token + at * dilation);
+    if (gradient.parts == nullptr) {
+      add_row(sums, half, gradient.scale, to);
+    } else if (arguments.merges) {
+#pragma unroll
+      for (int j = 0; j < kCount / 4; ++j) {
+        reinterpret_cast<std::uint32_t*>(to)[(8 * j + column) / 2] =
+            pack<Element>(gradient.scale * sums[4 * j + 2 * half],
+                          gradient.scale * sums[4 * j + 2 * half + 1]);
+      }
+    } else {
+      float* const part = gradient.part(arguments, tile.batch, head, tile.saved + at);
+#pragma unroll
+      for (int j = 0; j < kCount / 4; ++j) {
+        *reinterpret_cast<float2*>(part + 8 * j + column) = {sums[4 * j + 2 * half],
+                                                             sums[4 * j + 2 * half + 1]};
+      }
+    }
   }
 }
 
@@ -142,7 +143,7 @@ class QueryGradient {
         row_(static_cast<int>(threadIdx.x) / 32 * 16 - 64 + lane_ / 4) {}
 
   __device__ void run() {
-    shared_.tiles.read([this](const Tile& tile) {
+    shared_.tiles.read([this](const Tile& tile, int place) {
       const int count = tile.keys.tiles(kKeys);
       load_numbers(tile);
       // Every row sees the key tiles below this one.
@@ -156,15 +157,11 @@ class QueryGradient {
       for (; n >= 0; --n) {
         step<false>(tile, n, n < count - 1);
       }
-      const auto dilation = arguments_.call.branches[tile.branch].dilation;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = tile.queries.first + row_ + 8 * half;
-        if (row < tile.queries.last) {
-          write_row<Element>(arguments_, arguments_.dquery, tile, row,
-                             tile.token + row * dilation, 1, acc_, half);
-        }
+      if (kCausal && tile.has_bad_values) {
+        add_bad_values(tile);
       }
+      write_rows<Element>(arguments_, arguments_.dquery, tile, tile.queries, row_, tile.token,
+                          tile.head, shared_.parts[place], acc_);
     });
   }
 
@@ -179,6 +176,20 @@ class QueryGradient {
       const int row = tile.queries.first + row_ + 8 * half;
       numbers_[half] =
           row < tile.queries.last ? numbers[row] : RowNumbers{INFINITY, 0.0f, 0.0f, 0.0f};
+    }
+  }
+
+  /// Keys on the diagonal that are not finite and that a row sees.
+  __device__ void add_bad_values(const Tile& tile) {
+    const auto keys =
+        rows_of(arguments_.key, tile.batch, tile.head / arguments_.call.heads_per_kv_head);
+    const std::int64_t dilation = arguments_.call.branches[tile.branch].dilation;
+    const int row = tile.queries.first + row_;
+#pragma unroll 1
+    for (int key = tile.keys.first + max(0, tile.template seen<kCausal>(tile.queries.first));
+         key < tile.keys.last; ++key) {
+      add_bad_row<Element>(acc_, keys.row((tile.key_row + key) * dilation + tile.key_residue),
+                           key <= row, key <= row + 8);
     }
   }
 
@@ -267,7 +278,7 @@ class KeyGradient {
         row_(static_cast<int>(threadIdx.x) / 32 * 16 - 64 + lane_ / 4) {}
 
   __device__ void run() {
-    shared_.tiles.read([this](const Tile& tile) {
+    shared_.tiles.read([this](const Tile& tile, int place) {
       shared_.staying_full.wait(stay_.parity);
       stay_.step();
       bool accumulate = false;
@@ -279,19 +290,13 @@ class KeyGradient {
       if (kCausal && tile.has_bad_values) {
         add_bad_values(tile);
       }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = tile.keys.first + row_ + 8 * half;
-        if (row < tile.keys.last) {
-          const std::int64_t token =
-              (std::int64_t{tile.key_row} + row) *
-                  arguments_.call.branches[tile.branch].dilation +
-              tile.key_residue;
-          const int heads = arguments_.call.heads_per_kv_head;
-          write_row<Element>(arguments_, arguments_.dkey, tile, row, token, heads, dkey_, half);
-          write_row<Element>(arguments_, arguments_.dvalue, tile, row, token, heads, dvalue_, half);
-        }
-      }
+      const std::int64_t dilation = arguments_.call.branches[tile.branch].dilation;
+      const std::int64_t token = tile.key_row * dilation + tile.key_residue;
+      const int kv_head = tile.head / arguments_.call.heads_per_kv_head;
+      write_rows<Element>(arguments_, arguments_.dkey, tile, tile.keys, row_, token, kv_head,
+                          shared_.parts[place], dkey_);
+      write_rows<Element>(arguments_, arguments_.dvalue, tile, tile.keys, row_, token, kv_head,
+                          shared_.parts[place], dvalue_);
     });
   }
 
@@ -368,23 +373,19 @@ class KeyGradient {
     pass_.step();
   }
 
-  /// Elements of dO that are not finite, of blocks on the diagonal; their weight does not matter.
+  /// Queries and dO of blocks on the diagonal that are not finite and that a row sees.
   __device__ void add_bad_values(const Tile& tile) {
+    const std::int64_t dilation = arguments_.call.branches[tile.branch].dilation;
+    const int row = tile.keys.first + row_;
     shared_.for_each_block(arguments_.call, tile, [&](int head, int q) {
-      const auto douts = rows_of(arguments_.dout_rows, tile.batch, head);
-      const auto dilation = arguments_.call.branches[tile.branch].dilation;
+      const auto queries = rows_of(arguments_.query, tile.batch, head);
+      const auto douts = rows_of(arguments_.dout, tile.batch, head);
       const int end = q < tile.keys.last - 1 ? min(q + kQueries, tile.queries.last) : q;
 #pragma unroll 1
       for (int query = q; query < end; ++query) {
-        const auto* const dout =
-            reinterpret_cast<const Element*>(douts.row(tile.token + query * dilation));
-#pragma unroll
-        for (int i = 0; i < kHeadDim / 2; ++i) {
-          const float x = float_of(dout[i / 4 * 8 + lane_ % 4 * 2 + i % 2]);
-          if (!isfinite(x) && query >= tile.keys.first + row_ + i / 2 % 2 * 8) {
-            dvalue_[i] += x;
-          }
-        }
+        const std::int64_t token = tile.token + query * dilation;
+        add_bad_row<Element>(dkey_, queries.row(token), query >= row, query >= row + 8);
+        add_bad_row<Element>(dvalue_, douts.row(token), query >= row, query >= row + 8);
       }
     });
   }
@@ -423,7 +424,7 @@ __global__ void __launch_bounds__(BackwardThreads::kThreads, 1)
                tile.keys.first < tile.keys.last;
       });
     } else if (warp == 2) {
-      shared.template guard<kCausal>();
+      shared.template guard<kCausal>(arguments);
     }
   } else {
     take_registers<Shared::kConsumerRegisters>();
@@ -455,7 +456,7 @@ __global__ void __launch_bounds__(BackwardThreads::kThreads, 1)
                Shared::is_first_head(arguments.call, tile);
       });
     } else if (warp == 2) {
-      shared.guard(arguments.call);
+      shared.guard(arguments);
     } else if (warp == 3) {
       shared.load_numbers(arguments);
     }

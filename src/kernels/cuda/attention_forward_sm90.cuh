@@ -37,9 +37,9 @@ class Consumer {
         first_row_(static_cast<int>(threadIdx.x) / 128 * 64 - 64) {}
 
   __device__ void run() {
-    shared_.tiles.read([this](const Tile& tile) {
+    shared_.tiles.read([this](const Tile& tile, int place) {
       attend(tile);
-      finish(tile);
+      finish(tile, shared_.parts[place]);
     });
   }
 
@@ -82,23 +82,17 @@ class Consumer {
     commit_products();
   }
 
-  /// What guard() took away: values that are not finite and that a row sees. Their weight does not
-  /// matter.
+  /// Values on the diagonal that are not finite and that a row sees.
   __device__ void add_bad_values(const Tile& tile) {
-    const auto values = rows_of(arguments_.value, tile.batch,
-                                tile.head / arguments_.call.heads_per_kv_head);
+    const auto values =
+        rows_of(arguments_.value, tile.batch, tile.head / arguments_.call.heads_per_kv_head);
     const auto step = static_cast<int>(arguments_.call.branches[tile.branch].dilation);
 #pragma unroll 1
-    for (int key = tile.keys.first + max(0, seen(tile, tile.queries.first)); key < tile.keys.last; ++key) {
-      const auto* const value = reinterpret_cast<const Element*>(
-          values.row(std::int64_t{tile.key_row + key} * step + tile.key_residue));
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) {
-        const float x = float_of(value[i / 4 * 8 + thread_ % 4 * 2 + i % 2]);
-        if (!isfinite(x) && key <= row(tile, i / 2 % 2)) {
-          acc_[i] += x;
-        }
-      }
+    for (int key = tile.keys.first + max(0, seen(tile, tile.queries.first)); key < tile.keys.last;
+         ++key) {
+      add_bad_row<Element>(acc_,
+                           values.row(std::int64_t{tile.key_row + key} * step + tile.key_residue),
+                           key <= row(tile, 0), key <= row(tile, 1));
     }
   }
 
@@ -186,23 +180,32 @@ class Consumer {
     }
   }
 
-  __device__ void finish(const Tile& tile) {
+  __device__ void finish(const Tile& tile, const PartSlots<Tiles::kRows>& parts) {
+    ScaledSum<float> totals[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const ScaledSum<float> total = {sums_.max[i], quad_sum(sums_.sum[i])};
-      const float inverse = total.max == kAbsentLse<float> ? 0.0f : 1.0f / total.sum;
+      const float sum = quad_sum(sums_.sum[i]);
+      // The largest of scores that are all NaN is not -inf.
+      totals[i] = {isnan(sum) ? sum : sums_.max[i], sum};
+      const float inverse = totals[i].max == kAbsentLse<float> ? 0.0f : 1.0f / sum;
 #pragma unroll
       for (int j = 0; j < kHeadDim / 8; ++j) {
         acc_[4 * j + 2 * i] *= inverse;
         acc_[4 * j + 2 * i + 1] *= inverse;
       }
+    }
+    if constexpr (kMerges) {
+      merge_others(tile, parts, totals);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
       if (row(tile, i) >= tile.queries.last) {
         continue;
       }
       if constexpr (kMerges) {
-        write_merged(tile, i, total);
+        write_result(tile, i, totals[i]);
       } else {
-        write_partial(tile, i, total);
+        write_partial(tile, i, totals[i]);
       }
     }
   }
@@ -231,28 +234,37 @@ class Consumer {
     }
   }
 
-  __device__ void write_merged(const Tile& tile, int i, ScaledSum<float> total) {
+  __device__ void merge_others(const Tile& tile, const PartSlots<Tiles::kRows>& parts,
+                               ScaledSum<float> (&totals)[2]) {
     const Call& call = arguments_.call;
-    const int position = static_cast<int>(tile.position) + row(tile, i);
+    const auto saved = saved_rows(arguments_.branch_out, tile.batch, tile.head);
+    const int row = this->row(tile, 0) - tile.queries.first;
+#pragma unroll 1
     for (int rank = 1; rank < call.num_branches; ++rank) {
-      const std::int64_t slot = slot_of(call, tile, rank, tile.head, position);
-      if (slot < 0) {
-        continue;
-      }
-      const float2 sums = arguments_.branch_sums[sum_row(tile, slot)];
-      const auto merged = merge_sums(total, ScaledSum<float>{sums.x, sums.y},
-                                     [&](float x) { return call.units.power(x); });
-      total = merged.total;
-      const float* const partial =
-          saved_rows(arguments_.branch_out, tile.batch, tile.head).row(slot) + thread_ % 4 * 2;
 #pragma unroll
-      for (int j = 0; j < kHeadDim / 8; ++j) {
-        const float2 other = *reinterpret_cast<const float2*>(partial + 8 * j);
-        float* const own = acc_ + 4 * j + 2 * i;
-        own[0] = merged_value(merged, own[0], other.x);
-        own[1] = merged_value(merged, own[1], other.y);
+      for (int i = 0; i < 2; ++i) {
+        const int slot = parts.slot[rank - 1][row + 8 * i];
+        if (slot < 0) {
+          continue;
+        }
+        const float2 sums = arguments_.branch_sums[sum_row(tile, slot)];
+        const float* const part = saved.row(slot) + thread_ % 4 * 2;
+        const auto merged = merge_sums(totals[i], ScaledSum<float>{sums.x, sums.y},
+                                       [&](float x) { return call.units.power(x); });
+        totals[i] = merged.total;
+#pragma unroll
+        for (int j = 0; j < kHeadDim / 8; ++j) {
+          const float2 other = *reinterpret_cast<const float2*>(part + 8 * j);
+          float* const own = acc_ + 4 * j + 2 * i;
+          own[0] = merged_value(merged, own[0], other.x);
+          own[1] = merged_value(merged, own[1], other.y);
+        }
       }
     }
+  }
+
+  __device__ void write_result(const Tile& tile, int i, const ScaledSum<float>& total) {
+    const Call& call = arguments_.call;
     const std::int64_t token = tile.token + row(tile, i);
     std::byte* const out = rows_of(arguments_.out, tile.batch, tile.head).row(token);
     const bool rounds = arguments_.out.dtype != DType::kFloat32;
@@ -317,7 +329,7 @@ __global__ void __launch_bounds__(ForwardTiles<kHeadDim>::kThreads, 1)
         return find_tile<kCausal, Tiles::kRows, true>(arguments.call, arguments.range, index, tile);
       });
     } else if (threadIdx.x / 32 == 2) {
-      guard<Element, kHeadDim, kCausal>(shared);
+      guard<Element, kHeadDim, kCausal, kMerges>(arguments, shared);
     }
   } else {
     take_registers<Tiles::kConsumerRegisters>();

@@ -14,12 +14,18 @@ struct BackwardMaps {
   DilatedMaps query, dout, key, value;
 };
 
+struct GradientArguments;
+
 /// A result and what other branches give to it. Sparse branches that run before a dense one, which
 /// writes the result, leave float32 rows like branch results; else every branch adds to float32 sums.
 struct Gradient {
   TensorView result;
-  float* partial;  // (batch, heads, partial_rows, head_dim) or null: `result` is the sums
+  float* parts;  // (batch, heads, part_rows, head_dim), unscaled; or null: `result` is the sums
+  std::int64_t heads;
   float scale;
+
+  __device__ float* part(const GradientArguments& arguments, std::int64_t batch, int head,
+                         std::int64_t slot) const;
 };
 
 /// Of one branch, or of all but the dense one.
@@ -28,11 +34,16 @@ struct GradientArguments {
   BackwardMaps maps[kMostBranches];  // by number of the branch
   TileRange range;
   const RowNumbers* row_numbers;  // (batch, heads, branch_rows)
-  ConstTensorView dout_rows;
+  ConstTensorView query, dout, key;  // for what is not finite
   bool merges;  // the dense branch after the others
-  std::int64_t partial_rows;
+  std::int64_t part_rows;
   Gradient dquery, dkey, dvalue;
 };
+
+__device__ inline float* Gradient::part(const GradientArguments& arguments, std::int64_t batch,
+                                        int head, std::int64_t slot) const {
+  return parts + ((batch * heads + head) * arguments.part_rows + slot) * arguments.call.head_dim;
+}
 
 /// Two warpgroups own 64 rows each of what stays; another loads, looks up and guards.
 struct BackwardThreads {
@@ -71,6 +82,7 @@ struct alignas(1024) QueryGradientShared : BackwardThreads {
   Barrier key_full[kStages], key_clean[kStages], key_empty[kStages];
   Barrier value_full[kStages], value_empty[kStages];
   TileQueue tiles;
+  PartSlots<kRows> parts[2];  // by place in the queue
   bool key_is_bad[kStages];
 
   __device__ void init() {
@@ -91,7 +103,7 @@ struct alignas(1024) QueryGradientShared : BackwardThreads {
   __device__ void produce(const GradientArguments& arguments) {
     Ring<1> stay;
     Ring<kStages> pass;
-    tiles.template read<true>([&](const Tile& tile) {
+    tiles.template read<true>([&](const Tile& tile, int) {
       const BackwardMaps& maps = arguments.maps[tile.branch];
       const int count = tile.keys.tiles(kKeys);
       const int kv_head = tile.head / arguments.call.heads_per_kv_head;
@@ -123,10 +135,16 @@ struct alignas(1024) QueryGradientShared : BackwardThreads {
   /// Keys are summed over: what lies beyond them is cleared. What is not finite is only found here,
   /// scores need it.
   template <bool kCausal>
-  __device__ void guard() {
+  __device__ void guard(const GradientArguments& arguments) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     Ring<kStages> pass;
-    tiles.read([&](const Tile& tile) {
+    tiles.read([&](Tile& tile, int place) {
+      if (arguments.merges) {
+        parts[place].find(arguments.call, tile, tile.queries, [&](std::int64_t slot) {
+          prefetch_row(arguments.dquery.part(arguments, tile.batch, tile.head, slot),
+                       arguments.call.head_dim);
+        });
+      }
       const int everyone_sees = tile.seen<kCausal>(tile.queries.first);
       const int someone_sees = tile.keys.last - tile.keys.first;
       for (int n = tile.keys.tiles(kKeys) - 1; n >= 0; --n) {
@@ -137,6 +155,7 @@ struct alignas(1024) QueryGradientShared : BackwardThreads {
               key[pass.stage], begin, someone_sees - n * kKeys, lane, 32);
           if (kCausal) {
             key_is_bad[pass.stage] = __any_sync(0xFFFFFFFFu, is_bad);
+            tile.has_bad_values |= key_is_bad[pass.stage];
           }
         }
         arrive_warp(key_clean[pass.stage]);
@@ -164,6 +183,7 @@ struct alignas(1024) KeyGradientShared : BackwardThreads {
   Barrier staying_full, staying_empty;
   Barrier full[kStages], clean[kStages], empty[kStages];
   TileQueue tiles;
+  PartSlots<kRows> parts[2];  // by place in the queue
   bool is_bad[kStages];
 
   __device__ void init() {
@@ -206,7 +226,7 @@ struct alignas(1024) KeyGradientShared : BackwardThreads {
   __device__ void produce(const GradientArguments& arguments) {
     Ring<1> stay;
     Ring<kStages> pass;
-    tiles.template read<true>([&](const Tile& tile) {
+    tiles.template read<true>([&](const Tile& tile, int) {
       const BackwardMaps& maps = arguments.maps[tile.branch];
       const int kv_head = tile.head / arguments.call.heads_per_kv_head;
       staying_empty.wait(stay.parity ^ 1);
@@ -233,7 +253,7 @@ struct alignas(1024) KeyGradientShared : BackwardThreads {
     const Call& call = arguments.call;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     Ring<kStages> pass;
-    tiles.read([&](Tile& tile) {
+    tiles.read([&](Tile& tile, int) {
       for_each_block(call, tile, [&](int head, int q) {
         const RowNumbers* const numbers =
             arguments.row_numbers +
@@ -267,11 +287,20 @@ struct alignas(1024) KeyGradientShared : BackwardThreads {
   }
 
   /// Queries and dO are summed over: what lies beyond them is cleared.
-  __device__ void guard(const Call& call) {
+  __device__ void guard(const GradientArguments& arguments) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     Ring<kStages> pass;
-    tiles.read([&](const Tile& tile) {
-      for_each_block(call, tile, [&](int, int q) {
+    tiles.read([&](const Tile& tile, int place) {
+      if (arguments.merges) {
+        const int kv_head = tile.head / arguments.call.heads_per_kv_head;
+        parts[place].find(arguments.call, tile, tile.keys, [&](std::int64_t slot) {
+          for (const Gradient* const gradient : {&arguments.dkey, &arguments.dvalue}) {
+            prefetch_row(gradient->part(arguments, tile.batch, kv_head, slot),
+                         arguments.call.head_dim);
+          }
+        });
+      }
+      for_each_block(arguments.call, tile, [&](int, int q) {
         full[pass.stage].wait(pass.parity);
         const int end = tile.queries.last - q;
         if (end < kQueries) {

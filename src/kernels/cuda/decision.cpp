@@ -99,6 +99,9 @@ std::string reason_against_sm90(const Plan& plan, const Target& target) {
       problem.key_rows() > kMostRows) {
     return "more than 2^30 rows";
   }
+  if (plan.branch_rows() >= std::int64_t{1} << 31) {
+    return "2^31 rows of branches or more";
+  }
   return "";
 }
 
@@ -212,13 +215,13 @@ CudaDecision::CudaDecision(const Plan& plan, const Target& target)
   branch_sums = whole_pieces(rows * 8);
   branch_out = whole_pieces(rows * 4 * problem.head_dim);
   row_numbers = whole_pieces(rows * 16);
-  partial_rows = plan.branch_rows();
+  part_rows = plan.branch_rows();
   if (merges_gradients && branch_order.front() == 0) {
-    partial_rows -= problem.branches.size() > 1 ? plan.branch_row_begin(1, 0) : partial_rows;
+    part_rows -= problem.branches.size() > 1 ? plan.branch_row_begin(1, 0) : part_rows;
   }
   // Sums of all rows, also where parts take less: dO may come in float32.
   const auto gradient = [&](std::int64_t heads, std::int64_t sum_rows) {
-    const std::int64_t most = merges_gradients ? std::max(sum_rows, partial_rows) : sum_rows;
+    const std::int64_t most = merges_gradients ? std::max(sum_rows, part_rows) : sum_rows;
     return rounds ? whole_pieces(problem.batch * heads * most * 4 * problem.head_dim) : 0;
   };
   query_gradient = gradient(problem.num_heads, problem.query_rows());

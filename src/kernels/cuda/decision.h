@@ -101,7 +101,7 @@ struct CudaDecision final : Decision {
   std::int64_t branch_sums;     // forward: (max, sum) of every branch row
   std::int64_t branch_out;      // forward: O_b of every branch row, float32
   std::int64_t row_numbers;     // backward: (base, residual, delta) of every branch row
-  std::int64_t partial_rows;    // of parts of gradients; rows of a dense branch 0 are left out
+  std::int64_t part_rows;       // of parts of gradients; rows of a dense branch 0 are left out
   std::int64_t query_gradient;  // backward: float32 sums, or parts, of gradients that are rounded
   std::int64_t key_gradient;    // once for dkey, once for dvalue
 

@@ -49,6 +49,7 @@ struct alignas(1024) ForwardShared {
   Barrier key_full[Tiles::kStages], key_empty[Tiles::kStages];
   Barrier value_full[Tiles::kStages], value_clean[Tiles::kStages], value_empty[Tiles::kStages];
   TileQueue tiles;
+  PartSlots<Tiles::kRows> parts[2];  // by place in the queue
 };
 
 template <typename Element, int kHeadDim>
@@ -59,7 +60,7 @@ __device__ inline void produce(const ForwardArguments& arguments,
   constexpr std::uint32_t kKeyBytes = sizeof(shared.key[0]);
   Ring<Tiles::kStages> keys, values;
   Ring<1> queries;
-  shared.tiles.template read<true>([&](const Tile& tile) {
+  shared.tiles.template read<true>([&](const Tile& tile, int) {
     const int count = tile.keys.tiles(Tiles::kKeys);
     if (count == 0) {
       return;
@@ -114,12 +115,19 @@ __device__ inline void produce(const ForwardArguments& arguments,
 /// One warp hands every value tile on. 0 * NaN must reach nobody: it clears what lies beyond the
 /// keys, and what is not finite where causal rows do not see it; rows that do get that back in the
 /// end.
-template <typename Element, int kHeadDim, bool kCausal>
-__device__ inline void guard(ForwardShared<Element, kHeadDim>& shared) {
+template <typename Element, int kHeadDim, bool kCausal, bool kMerges>
+__device__ inline void guard(const ForwardArguments& arguments,
+                             ForwardShared<Element, kHeadDim>& shared) {
   using Tiles = ForwardTiles<kHeadDim>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   Ring<Tiles::kStages> values;
-  shared.tiles.read([&](Tile& tile) {
+  shared.tiles.read([&](Tile& tile, int place) {
+    if constexpr (kMerges) {
+      const auto saved = saved_rows(arguments.branch_out, tile.batch, tile.head);
+      shared.parts[place].find(arguments.call, tile, tile.queries, [&](std::int64_t slot) {
+        prefetch_row(saved.row(slot), arguments.call.head_dim);
+      });
+    }
     const int everyone_sees = tile.seen<kCausal>(tile.queries.first);
     const int someone_sees = tile.keys.last - tile.keys.first;
     for (int n = tile.keys.tiles(Tiles::kKeys) - 1; n >= 0; --n) {

@@ -109,23 +109,6 @@ __device__ inline bool find_tile(const Call& call, const TileRange& range, std::
   return true;
 }
 
-/// Slot of position `p` in the branch results of the branch of a rank; -1 if the head does not see it
-/// there. Queries are whole sequences.
-__device__ inline std::int64_t slot_of(const Call& call, const Tile& tile, int rank, int head,
-                                       int p) {
-  const TileGroup& group = call.query_groups[rank * call.num_sequences + tile.sequence];
-  const auto segment_length =
-      static_cast<int>(min(call.branches[group.branch].segment, tile.length));
-  const auto dilation = static_cast<int>(call.branches[group.branch].dilation);
-  const int segment = p / segment_length;
-  const int inside = p - segment * segment_length;
-  const int i = inside / dilation;
-  const auto offset =
-      static_cast<int>(call.offsets[std::int64_t{group.branch} * call.num_heads + head]);
-  const int slots = segment_length / dilation + (segment_length % dilation != 0 ? 1 : 0);
-  return inside - i * dilation == offset ? group.row_begin + std::int64_t{segment} * slots + i : -1;
-}
-
 /// Index and parity of a ring of `kStages` buffers.
 template <int kStages>
 struct Ring {
@@ -185,7 +168,7 @@ struct TileQueue {
     }
   }
 
-  /// By one warp, or by one thread of it alone.
+  /// By one warp, or by one thread of it alone; work(tile, its place in the queue).
   template <bool kOneThread = false, typename Work>
   __device__ void read(const Work& work) {
     Ring<2> at;
@@ -195,7 +178,7 @@ struct TileQueue {
       if (next.is_end) {
         return;
       }
-      work(next);
+      work(next, at.stage);
       if constexpr (kOneThread) {
         empty[at.stage].arrive();
       } else {
@@ -224,6 +207,53 @@ __device__ inline void clear_bad(uint4& eight) {
   for (int i = 0; i < 8; ++i) {
     const float x = float_of(elements[i]);
     elements[i] = element_of<Element>(isfinite(x) ? x : 0.0f);
+  }
+}
+
+/// Adds what guards took away: elements of a row that are not finite, to those sums of this thread's
+/// two rows that see it. Their weight does not matter.
+template <typename Element, int kCount>
+__device__ inline void add_bad_row(float (&sums)[kCount], const std::byte* row, bool first_sees,
+                                   bool second_sees) {
+  const auto* const elements = reinterpret_cast<const Element*>(row);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float x = float_of(elements[i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2]);
+    if (!isfinite(x) && (i / 2 % 2 == 0 ? first_sees : second_sees)) {
+      sums[i] += x;
+    }
+  }
+}
+
+/// Where parts of other branches lie that the rows of a tile will add in the end: slots by (rank - 1,
+/// row of the tile).
+template <int kRows>
+struct PartSlots {
+  int slot[kMostBranches - 1][kRows];
+
+  /// One warp looks them up and asks for their rows.
+  template <typename RowOf>
+  __device__ void find(const Call& call, const Tile& tile, const TileRows& rows,
+                       const RowOf& row_of) {
+    for (int rank = 1; rank < call.num_branches; ++rank) {
+      const SlotFinder find(call, tile.sequence, tile.length, rank, tile.head);
+      for (int i = static_cast<int>(threadIdx.x) % 32; i < kRows; i += 32) {
+        const std::int64_t at =
+            rows.first + i < rows.last
+                ? find(static_cast<int>(tile.position) + rows.first + i)
+                : -1;
+        slot[rank - 1][i] = static_cast<int>(at);
+        if (at >= 0) {
+          row_of(at);
+        }
+      }
+    }
+  }
+};
+
+__device__ inline void prefetch_row(const float* row, int columns) {
+  for (int c = 0; c < columns; c += 32) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + c));
   }
 }
 

@@ -79,6 +79,33 @@ __device__ inline bool find_piece(const Call& call, const TileGroup* groups, int
   return true;
 }
 
+/// Positions of a head in the branch results of the branch of a rank. Of a whole sequence; numbers of
+/// 32 bits.
+class SlotFinder {
+ public:
+  __device__ SlotFinder(const Call& call, int sequence, std::int64_t length, int rank, int head) {
+    const TileGroup& group = call.query_groups[rank * call.num_sequences + sequence];
+    const BranchShape& shape = call.branches[group.branch];
+    segment_ = static_cast<int>(min(shape.segment, length));
+    dilation_ = static_cast<int>(shape.dilation);
+    slots_ = segment_ / dilation_ + (segment_ % dilation_ != 0 ? 1 : 0);
+    offset_ = static_cast<int>(call.offsets[std::int64_t{group.branch} * call.num_heads + head]);
+    begin_ = group.row_begin;
+  }
+
+  /// -1 if the head does not see position `p` there.
+  __device__ std::int64_t operator()(int p) const {
+    const int segment = p / segment_;
+    const int inside = p - segment * segment_;
+    const int i = inside / dilation_;
+    return inside - i * dilation_ == offset_ ? begin_ + std::int64_t{segment} * slots_ + i : -1;
+  }
+
+ private:
+  int segment_, dilation_, slots_, offset_;
+  std::int64_t begin_;
+};
+
 /// Factors of one (sequence, head, branch) by rows of the class: 1 / (1 - p) or 0.
 struct RowDropout {
   Dropout dropout;
