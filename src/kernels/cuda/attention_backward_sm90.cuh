@@ -84,19 +84,23 @@ __device__ inline void write_rows(const GradientArguments& arguments, const Grad
   if (arguments.merges) {
 #pragma unroll 1
     for (int rank = 1; rank < call.num_branches; ++rank) {
+      // Both rows are under way at once.
+      float2 others[2][kCount / 4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int slot = parts.slot[rank - 1][row + 8 * half];
-        if (slot < 0) {
-          continue;
-        }
-        const float* const part = gradient.part(arguments, tile.batch, head, slot) + column;
+        const float* const part =
+            gradient.part(arguments, tile.batch, head, max(0, slot)) + column;
 #pragma unroll
         for (int j = 0; j < kCount / 4; ++j) {
-          const float2 other = *reinterpret_cast<const float2*>(part + 8 * j);
-          sums[4 * j + 2 * half] += other.x;
-          sums[4 * j + 2 * half + 1] += other.y;
+          others[half][j] =
+              slot >= 0 ? *reinterpret_cast<const float2*>(part + 8 * j) : float2{0.0f, 0.0f};
         }
+      }
+#pragma unroll
+      for (int i = 0; i < kCount; i += 2) {
+        sums[i] += others[i / 2 % 2][i / 4].x;
+        sums[i + 1] += others[i / 2 % 2][i / 4].y;
       }
     }
   }

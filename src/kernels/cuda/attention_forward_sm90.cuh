@@ -39,7 +39,7 @@ class Consumer {
   __device__ void run() {
     shared_.tiles.read([this](const Tile& tile, int place) {
       attend(tile);
-      finish(tile, shared_.parts[place]);
+      finish(tile, place);
     });
   }
 
@@ -180,7 +180,7 @@ class Consumer {
     }
   }
 
-  __device__ void finish(const Tile& tile, const PartSlots<Tiles::kRows>& parts) {
+  __device__ void finish(const Tile& tile, int place) {
     ScaledSum<float> totals[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -195,7 +195,7 @@ class Consumer {
       }
     }
     if constexpr (kMerges) {
-      merge_others(tile, parts, totals);
+      merge_others(tile, place, totals);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -203,9 +203,35 @@ class Consumer {
         continue;
       }
       if constexpr (kMerges) {
-        write_result(tile, i, totals[i]);
+        write_result(tile, i);
       } else {
-        write_partial(tile, i, totals[i]);
+        write_partial(tile, i);
+      }
+    }
+    // One thread of four per row.
+    const int i = thread_ % 4;
+    if (i < 2 && row(tile, i) < tile.queries.last) {
+      write_sums(tile, row(tile, i), i == 0 ? totals[0] : totals[1]);
+    }
+  }
+
+  __device__ void write_sums(const Tile& tile, int row, const ScaledSum<float>& total) {
+    const ScoreUnits& units = arguments_.call.units;
+    if constexpr (kMerges) {
+      const LogSum sum = units.log_sum(total);
+      const std::int64_t token = tile.token + row;
+      item_at(arguments_.lse, tile.batch, tile.head, token) = sum.lse;
+      if (arguments_.lse_residual.defined()) {
+        item_at(arguments_.lse_residual, tile.batch, tile.head, token) = sum.residual;
+      }
+    } else {
+      const std::int64_t slot = tile.saved + row;
+      arguments_.branch_sums[sum_row(tile, slot)] = {total.max, total.sum};
+      if (arguments_.branch_lse.defined()) {
+        const LogSum sum = units.log_sum(total);
+        float* const two = saved_rows(arguments_.branch_lse, tile.batch, tile.head).row(slot);
+        two[0] = sum.lse;
+        two[1] = sum.residual;
       }
     }
   }
@@ -215,75 +241,67 @@ class Consumer {
     return (std::int64_t{tile.batch} * call.num_heads + tile.head) * call.branch_rows + slot;
   }
 
-  __device__ void write_partial(const Tile& tile, int i, const ScaledSum<float>& total) {
-    const std::int64_t slot = tile.saved + row(tile, i);
-    float* const out =
-        saved_rows(arguments_.branch_out, tile.batch, tile.head).row(slot) + thread_ % 4 * 2;
+  __device__ void write_partial(const Tile& tile, int i) {
+    float* const out = saved_rows(arguments_.branch_out, tile.batch, tile.head)
+                           .row(tile.saved + row(tile, i)) +
+                       thread_ % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; ++j) {
       *reinterpret_cast<float2*>(out + 8 * j) = {acc_[4 * j + 2 * i], acc_[4 * j + 2 * i + 1]};
     }
-    if (thread_ % 4 == 0) {
-      arguments_.branch_sums[sum_row(tile, slot)] = {total.max, total.sum};
-      if (arguments_.branch_lse.defined()) {
-        const LogSum saved = arguments_.call.units.log_sum(total);
-        float* const two = saved_rows(arguments_.branch_lse, tile.batch, tile.head).row(slot);
-        two[0] = saved.lse;
-        two[1] = saved.residual;
-      }
-    }
   }
 
-  __device__ void merge_others(const Tile& tile, const PartSlots<Tiles::kRows>& parts,
-                               ScaledSum<float> (&totals)[2]) {
+  __device__ void merge_others(const Tile& tile, int place, ScaledSum<float> (&totals)[2]) {
     const Call& call = arguments_.call;
     const auto saved = saved_rows(arguments_.branch_out, tile.batch, tile.head);
     const int row = this->row(tile, 0) - tile.queries.first;
 #pragma unroll 1
     for (int rank = 1; rank < call.num_branches; ++rank) {
+      // Both rows are under way at once.
+      bool covers[2];
+      float2 others[2][kHeadDim / 8];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int slot = parts.slot[rank - 1][row + 8 * i];
-        if (slot < 0) {
-          continue;
-        }
-        const float2 sums = arguments_.branch_sums[sum_row(tile, slot)];
-        const float* const part = saved.row(slot) + thread_ % 4 * 2;
-        const auto merged = merge_sums(totals[i], ScaledSum<float>{sums.x, sums.y},
-                                       [&](float x) { return call.units.power(x); });
-        totals[i] = merged.total;
+        const int slot = shared_.parts[place].slot[rank - 1][row + 8 * i];
+        covers[i] = slot >= 0;
+        const float* const part = saved.row(max(0, slot)) + thread_ % 4 * 2;
 #pragma unroll
         for (int j = 0; j < kHeadDim / 8; ++j) {
-          const float2 other = *reinterpret_cast<const float2*>(part + 8 * j);
-          float* const own = acc_ + 4 * j + 2 * i;
-          own[0] = merged_value(merged, own[0], other.x);
-          own[1] = merged_value(merged, own[1], other.y);
+          others[i][j] =
+              covers[i] ? *reinterpret_cast<const float2*>(part + 8 * j) : float2{0.0f, 0.0f};
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (covers[i]) {
+          const float2 sums = shared_.part_sums[place][rank - 1][row + 8 * i];
+          const auto merged = merge_sums(totals[i], ScaledSum<float>{sums.x, sums.y},
+                                         [&](float x) { return call.units.power(x); });
+          totals[i] = merged.total;
+#pragma unroll
+          for (int j = 0; j < kHeadDim / 8; ++j) {
+            float* const own = acc_ + 4 * j + 2 * i;
+            own[0] = merged_value(merged, own[0], others[i][j].x);
+            own[1] = merged_value(merged, own[1], others[i][j].y);
+          }
         }
       }
     }
   }
 
-  __device__ void write_result(const Tile& tile, int i, const ScaledSum<float>& total) {
-    const Call& call = arguments_.call;
-    const std::int64_t token = tile.token + row(tile, i);
-    std::byte* const out = rows_of(arguments_.out, tile.batch, tile.head).row(token);
+  __device__ void write_result(const Tile& tile, int i) {
+    std::byte* const out =
+        rows_of(arguments_.out, tile.batch, tile.head).row(tile.token + row(tile, i));
     const bool rounds = arguments_.out.dtype != DType::kFloat32;
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; ++j) {
-      const float x = call.out_scale * acc_[4 * j + 2 * i];
-      const float y = call.out_scale * acc_[4 * j + 2 * i + 1];
+      const float x = arguments_.call.out_scale * acc_[4 * j + 2 * i];
+      const float y = arguments_.call.out_scale * acc_[4 * j + 2 * i + 1];
       const int column = 8 * j + thread_ % 4 * 2;
       if (rounds) {
         reinterpret_cast<std::uint32_t*>(out)[column / 2] = pack<Element>(x, y);
       } else {
         reinterpret_cast<float2*>(out)[column / 2] = {x, y};
-      }
-    }
-    if (thread_ % 4 == 0) {
-      const LogSum sum = call.units.log_sum(total);
-      item_at(arguments_.lse, tile.batch, tile.head, token) = sum.lse;
-      if (arguments_.lse_residual.defined()) {
-        item_at(arguments_.lse_residual, tile.batch, tile.head, token) = sum.residual;
       }
     }
   }

@@ -140,7 +140,7 @@ struct alignas(1024) QueryGradientShared : BackwardThreads {
     Ring<kStages> pass;
     tiles.read([&](Tile& tile, int place) {
       if (arguments.merges) {
-        parts[place].find(arguments.call, tile, tile.queries, [&](std::int64_t slot) {
+        parts[place].find(arguments.call, tile, tile.queries, [&](int, int, std::int64_t slot) {
           prefetch_row(arguments.dquery.part(arguments, tile.batch, tile.head, slot),
                        arguments.call.head_dim);
         });
@@ -293,7 +293,7 @@ struct alignas(1024) KeyGradientShared : BackwardThreads {
     tiles.read([&](const Tile& tile, int place) {
       if (arguments.merges) {
         const int kv_head = tile.head / arguments.call.heads_per_kv_head;
-        parts[place].find(arguments.call, tile, tile.keys, [&](std::int64_t slot) {
+        parts[place].find(arguments.call, tile, tile.keys, [&](int, int, std::int64_t slot) {
           for (const Gradient* const gradient : {&arguments.dkey, &arguments.dvalue}) {
             prefetch_row(gradient->part(arguments, tile.batch, kv_head, slot),
                          arguments.call.head_dim);

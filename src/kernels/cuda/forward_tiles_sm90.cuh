@@ -50,6 +50,7 @@ struct alignas(1024) ForwardShared {
   Barrier value_full[Tiles::kStages], value_clean[Tiles::kStages], value_empty[Tiles::kStages];
   TileQueue tiles;
   PartSlots<Tiles::kRows> parts[2];  // by place in the queue
+  float2 part_sums[2][kMostBranches - 1][Tiles::kRows];
 };
 
 template <typename Element, int kHeadDim>
@@ -123,8 +124,13 @@ __device__ inline void guard(const ForwardArguments& arguments,
   Ring<Tiles::kStages> values;
   shared.tiles.read([&](Tile& tile, int place) {
     if constexpr (kMerges) {
+      const Call& call = arguments.call;
       const auto saved = saved_rows(arguments.branch_out, tile.batch, tile.head);
-      shared.parts[place].find(arguments.call, tile, tile.queries, [&](std::int64_t slot) {
+      const float2* const sums =
+          arguments.branch_sums +
+          (std::int64_t{tile.batch} * call.num_heads + tile.head) * call.branch_rows;
+      shared.parts[place].find(arguments.call, tile, tile.queries, [&](int rank, int row, std::int64_t slot) {
+        shared.part_sums[place][rank - 1][row] = sums[slot];
         prefetch_row(saved.row(slot), arguments.call.head_dim);
       });
     }

@@ -231,10 +231,9 @@ template <int kRows>
 struct PartSlots {
   int slot[kMostBranches - 1][kRows];
 
-  /// One warp looks them up and asks for their rows.
-  template <typename RowOf>
-  __device__ void find(const Call& call, const Tile& tile, const TileRows& rows,
-                       const RowOf& row_of) {
+  /// One warp looks them up; `use(rank, row, slot)` asks for what lies there.
+  template <typename Use>
+  __device__ void find(const Call& call, const Tile& tile, const TileRows& rows, const Use& use) {
     for (int rank = 1; rank < call.num_branches; ++rank) {
       const SlotFinder find(call, tile.sequence, tile.length, rank, tile.head);
       for (int i = static_cast<int>(threadIdx.x) % 32; i < kRows; i += 32) {
@@ -244,7 +243,7 @@ struct PartSlots {
                 : -1;
         slot[rank - 1][i] = static_cast<int>(at);
         if (at >= 0) {
-          row_of(at);
+          use(rank, i, at);
         }
       }
     }
