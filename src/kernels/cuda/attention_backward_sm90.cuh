@@ -75,13 +75,14 @@ __device__ inline void add_row(const float (&sums)[kCount], int half, float scal
 template <typename Element, int kCount, int kRows>
 __device__ inline void write_rows(const GradientArguments& arguments, const Gradient& gradient,
                                   const Tile& tile, const TileRows& rows, int row,
-                                  std::int64_t token, int head, const PartSlots<kRows>& parts,
-                                  float (&sums)[kCount]) {
+                                  std::int64_t token, int head, PartSlots<kRows>& parts,
+                                  std::uint32_t parity, float (&sums)[kCount]) {
   const Call& call = arguments.call;
   const int column = threadIdx.x % 4 * 2;
   const auto result = rows_of(gradient.result, tile.batch, head);
   const std::int64_t dilation = call.branches[tile.branch].dilation;
   if (arguments.merges) {
+    parts.found.wait(parity);
 #pragma unroll 1
     for (int rank = 1; rank < call.num_branches; ++rank) {
       // Both rows are under way at once.
@@ -147,7 +148,7 @@ class QueryGradient {
         row_(static_cast<int>(threadIdx.x) / 32 * 16 - 64 + lane_ / 4) {}
 
   __device__ void run() {
-    shared_.tiles.read([this](const Tile& tile, int place) {
+    shared_.tiles.read([this](const Tile& tile, Ring<2> at) {
       const int count = tile.keys.tiles(kKeys);
       load_numbers(tile);
       // Every row sees the key tiles below this one.
@@ -165,7 +166,7 @@ class QueryGradient {
         add_bad_values(tile);
       }
       write_rows<Element>(arguments_, arguments_.dquery, tile, tile.queries, row_, tile.token,
-                          tile.head, shared_.parts[place], acc_);
+                          tile.head, shared_.parts[at.stage], at.parity, acc_);
     });
   }
 
@@ -282,7 +283,7 @@ class KeyGradient {
         row_(static_cast<int>(threadIdx.x) / 32 * 16 - 64 + lane_ / 4) {}
 
   __device__ void run() {
-    shared_.tiles.read([this](const Tile& tile, int place) {
+    shared_.tiles.read([this](const Tile& tile, Ring<2> at) {
       shared_.staying_full.wait(stay_.parity);
       stay_.step();
       bool accumulate = false;
@@ -298,9 +299,9 @@ class KeyGradient {
       const std::int64_t token = tile.key_row * dilation + tile.key_residue;
       const int kv_head = tile.head / arguments_.call.heads_per_kv_head;
       write_rows<Element>(arguments_, arguments_.dkey, tile, tile.keys, row_, token, kv_head,
-                          shared_.parts[place], dkey_);
+                          shared_.parts[at.stage], at.parity, dkey_);
       write_rows<Element>(arguments_, arguments_.dvalue, tile, tile.keys, row_, token, kv_head,
-                          shared_.parts[place], dvalue_);
+                          shared_.parts[at.stage], at.parity, dvalue_);
     });
   }
 
@@ -309,6 +310,7 @@ class KeyGradient {
     const int stage = pass_.stage;
     float scores[kScores];
     float dscores[kScores];
+    shared_.full[stage].wait(pass_.parity);
     shared_.clean[stage].wait(pass_.parity);
     multiply_rows(scores, shared_.key, first_row_, shared_.query[stage]);
     multiply_rows(dscores, shared_.value, first_row_, shared_.dout[stage]);
@@ -412,7 +414,7 @@ __global__ void __launch_bounds__(BackwardThreads::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
-    shared.init();
+    shared.init(arguments.merges);
     fence_barrier_init();
   }
   __syncthreads();
@@ -428,7 +430,9 @@ __global__ void __launch_bounds__(BackwardThreads::kThreads, 1)
                tile.keys.first < tile.keys.last;
       });
     } else if (warp == 2) {
-      shared.template guard<kCausal>(arguments);
+      shared.template guard<kCausal>();
+    } else if (warp == 3 && arguments.merges) {
+      shared.find_parts(arguments);
     }
   } else {
     take_registers<Shared::kConsumerRegisters>();
@@ -443,7 +447,7 @@ __global__ void __launch_bounds__(BackwardThreads::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
-    shared.init();
+    shared.init(arguments.merges);
     fence_barrier_init();
   }
   __syncthreads();
@@ -460,9 +464,9 @@ __global__ void __launch_bounds__(BackwardThreads::kThreads, 1)
                Shared::is_first_head(arguments.call, tile);
       });
     } else if (warp == 2) {
-      shared.guard(arguments);
-    } else if (warp == 3) {
       shared.load_numbers(arguments);
+    } else if (warp == 3 && arguments.merges) {
+      shared.find_parts(arguments);
     }
   } else {
     take_registers<Shared::kConsumerRegisters>();

@@ -37,9 +37,9 @@ class Consumer {
         first_row_(static_cast<int>(threadIdx.x) / 128 * 64 - 64) {}
 
   __device__ void run() {
-    shared_.tiles.read([this](const Tile& tile, int place) {
+    shared_.tiles.read([this](const Tile& tile, Ring<2> at) {
       attend(tile);
-      finish(tile, place);
+      finish(tile, at);
     });
   }
 
@@ -180,7 +180,7 @@ class Consumer {
     }
   }
 
-  __device__ void finish(const Tile& tile, int place) {
+  __device__ void finish(const Tile& tile, Ring<2> at) {
     ScaledSum<float> totals[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -195,7 +195,7 @@ class Consumer {
       }
     }
     if constexpr (kMerges) {
-      merge_others(tile, place, totals);
+      merge_others(tile, at, totals);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -251,10 +251,11 @@ class Consumer {
     }
   }
 
-  __device__ void merge_others(const Tile& tile, int place, ScaledSum<float> (&totals)[2]) {
+  __device__ void merge_others(const Tile& tile, Ring<2> at, ScaledSum<float> (&totals)[2]) {
     const Call& call = arguments_.call;
     const auto saved = saved_rows(arguments_.branch_out, tile.batch, tile.head);
     const int row = this->row(tile, 0) - tile.queries.first;
+    shared_.parts[at.stage].found.wait(at.parity);
 #pragma unroll 1
     for (int rank = 1; rank < call.num_branches; ++rank) {
       // Both rows are under way at once.
@@ -262,7 +263,7 @@ class Consumer {
       float2 others[2][kHeadDim / 8];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int slot = shared_.parts[place].slot[rank - 1][row + 8 * i];
+        const int slot = shared_.parts[at.stage].slot[rank - 1][row + 8 * i];
         covers[i] = slot >= 0;
         const float* const part = saved.row(max(0, slot)) + thread_ % 4 * 2;
 #pragma unroll
@@ -274,7 +275,7 @@ class Consumer {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (covers[i]) {
-          const float2 sums = shared_.part_sums[place][rank - 1][row + 8 * i];
+          const float2 sums = shared_.part_sums[at.stage][rank - 1][row + 8 * i];
           const auto merged = merge_sums(totals[i], ScaledSum<float>{sums.x, sums.y},
                                          [&](float x) { return call.units.power(x); });
           totals[i] = merged.total;
@@ -334,7 +335,10 @@ __global__ void __launch_bounds__(ForwardTiles<kHeadDim>::kThreads, 1)
       shared.value_clean[i].init(1);
       shared.value_empty[i].init(kWarps);
     }
-    shared.tiles.init(kWarps + 2);  // and the producer and the guard
+    // And the producer, the guard, who finds parts.
+    shared.tiles.init(kWarps + (kMerges ? 3 : 2));
+    shared.parts[0].found.init(1);
+    shared.parts[1].found.init(1);
     fence_barrier_init();
   }
   __syncthreads();
@@ -347,7 +351,9 @@ __global__ void __launch_bounds__(ForwardTiles<kHeadDim>::kThreads, 1)
         return find_tile<kCausal, Tiles::kRows, true>(arguments.call, arguments.range, index, tile);
       });
     } else if (threadIdx.x / 32 == 2) {
-      guard<Element, kHeadDim, kCausal, kMerges>(arguments, shared);
+      guard<Element, kHeadDim, kCausal>(shared);
+    } else if (kMerges && threadIdx.x / 32 == 3) {
+      find_parts(arguments, shared);
     }
   } else {
     take_registers<Tiles::kConsumerRegisters>();

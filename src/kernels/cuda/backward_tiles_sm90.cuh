@@ -85,7 +85,7 @@ struct alignas(1024) QueryGradientShared : BackwardThreads {
   PartSlots<kRows> parts[2];  // by place in the queue
   bool key_is_bad[kStages];
 
-  __device__ void init() {
+  __device__ void init(bool merges) {
     constexpr std::uint32_t kWarps = 4 * kWarpgroups;
     staying_full.init(1);
     staying_empty.init(kWarps);
@@ -97,13 +97,16 @@ struct alignas(1024) QueryGradientShared : BackwardThreads {
       value_empty[i].init(kWarps);
       key_is_bad[i] = false;
     }
-    tiles.init(kWarps + 2);  // and the producer and the guard
+    // And the producer, the guard, who finds parts.
+    tiles.init(kWarps + (merges ? 3 : 2));
+    parts[0].found.init(1);
+    parts[1].found.init(1);
   }
 
   __device__ void produce(const GradientArguments& arguments) {
     Ring<1> stay;
     Ring<kStages> pass;
-    tiles.template read<true>([&](const Tile& tile, int) {
+    tiles.template read<true>([&](const Tile& tile, Ring<2>) {
       const BackwardMaps& maps = arguments.maps[tile.branch];
       const int count = tile.keys.tiles(kKeys);
       const int kv_head = tile.head / arguments.call.heads_per_kv_head;
@@ -135,16 +138,10 @@ struct alignas(1024) QueryGradientShared : BackwardThreads {
   /// Keys are summed over: what lies beyond them is cleared. What is not finite is only found here,
   /// scores need it.
   template <bool kCausal>
-  __device__ void guard(const GradientArguments& arguments) {
+  __device__ void guard() {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     Ring<kStages> pass;
-    tiles.read([&](Tile& tile, int place) {
-      if (arguments.merges) {
-        parts[place].find(arguments.call, tile, tile.queries, [&](int, int, std::int64_t slot) {
-          prefetch_row(arguments.dquery.part(arguments, tile.batch, tile.head, slot),
-                       arguments.call.head_dim);
-        });
-      }
+    tiles.read([&](Tile& tile, Ring<2>) {
       const int everyone_sees = tile.seen<kCausal>(tile.queries.first);
       const int someone_sees = tile.keys.last - tile.keys.first;
       for (int n = tile.keys.tiles(kKeys) - 1; n >= 0; --n) {
@@ -161,6 +158,15 @@ struct alignas(1024) QueryGradientShared : BackwardThreads {
         arrive_warp(key_clean[pass.stage]);
         pass.step();
       }
+    });
+  }
+
+  __device__ void find_parts(const GradientArguments& arguments) {
+    tiles.read([&](const Tile& tile, Ring<2> at) {
+      parts[at.stage].find(arguments.call, tile, tile.queries, [&](int, int, auto slot) {
+        prefetch_row(arguments.dquery.part(arguments, tile.batch, tile.head, slot),
+                     arguments.call.head_dim);
+      });
     });
   }
 };
@@ -186,17 +192,20 @@ struct alignas(1024) KeyGradientShared : BackwardThreads {
   PartSlots<kRows> parts[2];  // by place in the queue
   bool is_bad[kStages];
 
-  __device__ void init() {
+  __device__ void init(bool merges) {
     constexpr std::uint32_t kWarps = 4 * kWarpgroups;
     staying_full.init(1);
     staying_empty.init(kWarps);
     for (int i = 0; i < kStages; ++i) {
       full[i].init(1);
-      clean[i].init(2);  // the guard and who loads numbers
+      clean[i].init(1);
       empty[i].init(kWarps);
       is_bad[i] = false;
     }
-    tiles.init(kWarps + 3);  // and the producer, the guard and who loads numbers
+    // And the producer, who loads numbers, who finds parts.
+    tiles.init(kWarps + (merges ? 3 : 2));
+    parts[0].found.init(1);
+    parts[1].found.init(1);
   }
 
   /// A tile belongs to the first head of those that share its rows.
@@ -226,7 +235,7 @@ struct alignas(1024) KeyGradientShared : BackwardThreads {
   __device__ void produce(const GradientArguments& arguments) {
     Ring<1> stay;
     Ring<kStages> pass;
-    tiles.template read<true>([&](const Tile& tile, int) {
+    tiles.template read<true>([&](const Tile& tile, Ring<2>) {
       const BackwardMaps& maps = arguments.maps[tile.branch];
       const int kv_head = tile.head / arguments.call.heads_per_kv_head;
       staying_empty.wait(stay.parity ^ 1);
@@ -247,13 +256,13 @@ struct alignas(1024) KeyGradientShared : BackwardThreads {
     });
   }
 
-  /// One warp; rows beyond the queries contribute nothing. A query or a dO that is not finite has
-  /// numbers that are not.
+  /// One warp; rows beyond the queries contribute nothing and are cleared, since queries and dO are
+  /// summed over. A query or a dO that is not finite has numbers that are not.
   __device__ void load_numbers(const GradientArguments& arguments) {
     const Call& call = arguments.call;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     Ring<kStages> pass;
-    tiles.read([&](Tile& tile, int) {
+    tiles.read([&](Tile& tile, Ring<2>) {
       for_each_block(call, tile, [&](int head, int q) {
         const RowNumbers* const numbers =
             arguments.row_numbers +
@@ -280,35 +289,26 @@ struct alignas(1024) KeyGradientShared : BackwardThreads {
           tile.has_bad_values = true;
         }
         is_bad[pass.stage] = bad;
+        if (q + kQueries > tile.queries.last) {
+          full[pass.stage].wait(pass.parity);
+          const int end = tile.queries.last - q;
+          guard_rows<false, false, kQueries>(query[pass.stage], end, end, lane, 32);
+          guard_rows<false, false, kQueries>(dout[pass.stage], end, end, lane, 32);
+        }
         arrive_warp(clean[pass.stage]);
         pass.step();
       });
     });
   }
 
-  /// Queries and dO are summed over: what lies beyond them is cleared.
-  __device__ void guard(const GradientArguments& arguments) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    Ring<kStages> pass;
-    tiles.read([&](const Tile& tile, int place) {
-      if (arguments.merges) {
-        const int kv_head = tile.head / arguments.call.heads_per_kv_head;
-        parts[place].find(arguments.call, tile, tile.keys, [&](int, int, std::int64_t slot) {
-          for (const Gradient* const gradient : {&arguments.dkey, &arguments.dvalue}) {
-            prefetch_row(gradient->part(arguments, tile.batch, kv_head, slot),
-                         arguments.call.head_dim);
-          }
-        });
-      }
-      for_each_block(arguments.call, tile, [&](int, int q) {
-        full[pass.stage].wait(pass.parity);
-        const int end = tile.queries.last - q;
-        if (end < kQueries) {
-          guard_rows<false, false, kQueries>(query[pass.stage], end, end, lane, 32);
-          guard_rows<false, false, kQueries>(dout[pass.stage], end, end, lane, 32);
+  __device__ void find_parts(const GradientArguments& arguments) {
+    tiles.read([&](const Tile& tile, Ring<2> at) {
+      const int kv_head = tile.head / arguments.call.heads_per_kv_head;
+      parts[at.stage].find(arguments.call, tile, tile.keys, [&](int, int, auto slot) {
+        for (const Gradient* const gradient : {&arguments.dkey, &arguments.dvalue}) {
+          prefetch_row(gradient->part(arguments, tile.batch, kv_head, slot),
+                       arguments.call.head_dim);
         }
-        arrive_warp(clean[pass.stage]);
-        pass.step();
       });
     });
   }

@@ -61,7 +61,7 @@ __device__ inline void produce(const ForwardArguments& arguments,
   constexpr std::uint32_t kKeyBytes = sizeof(shared.key[0]);
   Ring<Tiles::kStages> keys, values;
   Ring<1> queries;
-  shared.tiles.template read<true>([&](const Tile& tile, int) {
+  shared.tiles.template read<true>([&](const Tile& tile, Ring<2>) {
     const int count = tile.keys.tiles(Tiles::kKeys);
     if (count == 0) {
       return;
@@ -116,24 +116,12 @@ __device__ inline void produce(const ForwardArguments& arguments,
 /// One warp hands every value tile on. 0 * NaN must reach nobody: it clears what lies beyond the
 /// keys, and what is not finite where causal rows do not see it; rows that do get that back in the
 /// end.
-template <typename Element, int kHeadDim, bool kCausal, bool kMerges>
-__device__ inline void guard(const ForwardArguments& arguments,
-                             ForwardShared<Element, kHeadDim>& shared) {
+template <typename Element, int kHeadDim, bool kCausal>
+__device__ inline void guard(ForwardShared<Element, kHeadDim>& shared) {
   using Tiles = ForwardTiles<kHeadDim>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   Ring<Tiles::kStages> values;
-  shared.tiles.read([&](Tile& tile, int place) {
-    if constexpr (kMerges) {
-      const Call& call = arguments.call;
-      const auto saved = saved_rows(arguments.branch_out, tile.batch, tile.head);
-      const float2* const sums =
-          arguments.branch_sums +
-          (std::int64_t{tile.batch} * call.num_heads + tile.head) * call.branch_rows;
-      shared.parts[place].find(arguments.call, tile, tile.queries, [&](int rank, int row, std::int64_t slot) {
-        shared.part_sums[place][rank - 1][row] = sums[slot];
-        prefetch_row(saved.row(slot), arguments.call.head_dim);
-      });
-    }
+  shared.tiles.read([&](Tile& tile, Ring<2>) {
     const int everyone_sees = tile.seen<kCausal>(tile.queries.first);
     const int someone_sees = tile.keys.last - tile.keys.first;
     for (int n = tile.keys.tiles(Tiles::kKeys) - 1; n >= 0; --n) {
@@ -147,6 +135,23 @@ __device__ inline void guard(const ForwardArguments& arguments,
       arrive_warp(shared.value_clean[values.stage]);
       values.step();
     }
+  });
+}
+
+/// One warp finds what a tile merges.
+template <typename Element, int kHeadDim>
+__device__ inline void find_parts(const ForwardArguments& arguments,
+                                  ForwardShared<Element, kHeadDim>& shared) {
+  const Call& call = arguments.call;
+  shared.tiles.read([&](const Tile& tile, Ring<2> at) {
+    const auto saved = saved_rows(arguments.branch_out, tile.batch, tile.head);
+    const float2* const sums =
+        arguments.branch_sums +
+        (std::int64_t{tile.batch} * call.num_heads + tile.head) * call.branch_rows;
+    shared.parts[at.stage].find(call, tile, tile.queries, [&](int rank, int row, auto slot) {
+      shared.part_sums[at.stage][rank - 1][row] = sums[slot];
+      prefetch_row(saved.row(slot), call.head_dim);
+    });
   });
 }
 

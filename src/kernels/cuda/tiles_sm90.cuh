@@ -168,7 +168,7 @@ struct TileQueue {
     }
   }
 
-  /// By one warp, or by one thread of it alone; work(tile, its place in the queue).
+  /// By one warp, or by one thread of it alone; work(tile, its place and parity in the queue).
   template <bool kOneThread = false, typename Work>
   __device__ void read(const Work& work) {
     Ring<2> at;
@@ -178,7 +178,7 @@ struct TileQueue {
       if (next.is_end) {
         return;
       }
-      work(next, at.stage);
+      work(next, at);
       if constexpr (kOneThread) {
         empty[at.stage].arrive();
       } else {
@@ -226,16 +226,18 @@ __device__ inline void add_bad_row(float (&sums)[kCount], const std::byte* row, 
 }
 
 /// Where parts of other branches lie that the rows of a tile will add in the end: slots by (rank - 1,
-/// row of the tile).
+/// row of the tile). A warp of its own looks them up meanwhile.
 template <int kRows>
 struct PartSlots {
   int slot[kMostBranches - 1][kRows];
+  Barrier found;
 
-  /// One warp looks them up; `use(rank, row, slot)` asks for what lies there.
+  /// By one warp; `use(rank, row, slot)` asks for what lies there.
   template <typename Use>
   __device__ void find(const Call& call, const Tile& tile, const TileRows& rows, const Use& use) {
     for (int rank = 1; rank < call.num_branches; ++rank) {
       const SlotFinder find(call, tile.sequence, tile.length, rank, tile.head);
+#pragma unroll
       for (int i = static_cast<int>(threadIdx.x) % 32; i < kRows; i += 32) {
         const std::int64_t at =
             rows.first + i < rows.last
@@ -247,6 +249,7 @@ struct PartSlots {
         }
       }
     }
+    arrive_warp(found);
   }
 };
 
