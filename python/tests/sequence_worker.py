@@ -4,8 +4,8 @@ python sequence_worker.py SCENARIO FOLDER RANK WORLD_SIZE
     cases       every case of sequence_cases.py, and the bytes that calls send
     training    a step of a small model on shards, and what it needs around attention
     mismatches  calls that differ between ranks
-    killed, stopped, late, raising
-                the last rank fails in the second call
+    killed, stopped, late, raising, unheard
+                the last rank fails in the second call; `unheard` throws while no other listens
 Rank r writes FOLDER/SCENARIO-WORLD_SIZE-r.pt.
 """
 
@@ -185,6 +185,29 @@ def mismatches(rank: int, size: int) -> dict[str, Any]:
         else:
             out.sum().backward()
 
+    def step(groups: SequenceGroups, moment: str) -> None:
+        """A training step in which a rank throws what is none of ours."""
+        with groups:
+            inputs = x.clone().requires_grad_()
+            if odd and moment == "data":
+                raise ZeroDivisionError
+            out = small_call(groups, small_call(groups, inputs).expand(3, *x.shape[1:]))
+            if odd and moment == "loss":
+                raise ZeroDivisionError
+            out.register_hook(lambda _: 1 / 0 if odd and moment == "backward" else None)
+            out.sum().backward()
+
+    for moment in ("data", "loss", "backward"):
+        groups = SequenceGroups(timeout=60)
+        errors[f"throws:{moment}"] = error_of(lambda: step(groups, moment))
+
+    def module(groups: SequenceGroups) -> None:
+        longnet()(torch.zeros(1, 4 if odd else 12, dtype=torch.float32 if odd else torch.int64),
+                  sequence_groups=groups, shards=[12] * size)  # fmt: skip
+
+    groups = SequenceGroups(timeout=60)
+    errors["throws:module"] = error_of(lambda: module(groups))
+
     groups = SequenceGroups(timeout=TIMEOUT)
     errors["calls"] = error_of(lambda: other_number_of_calls(groups))
     errors["after"] = error_of(lambda: small_call(groups, x))
@@ -200,8 +223,14 @@ def failure(scenario: str, rank: int, size: int) -> dict[str, Any]:
             raise SystemExit(3)
         if scenario == "late":
             time.sleep(2.5 * TIMEOUT)
+        elif scenario == "unheard":
+            error_of(lambda: small_call(groups, x[:2]))
+            time.sleep(2.5 * TIMEOUT)
+            return {}
         else:
             os.kill(os.getpid(), signal.SIGKILL if scenario == "killed" else signal.SIGSTOP)
+    if scenario == "unheard":
+        time.sleep(TIMEOUT)
     return {"call": error_of(lambda: small_call(groups, x))}
 
 

@@ -24,7 +24,7 @@ from dilated.distributed import SequenceGroups
 WORKER = Path(__file__).with_name("sequence_worker.py")
 # A hang is a failure, not a wait.
 GUARD = 120
-FAILURES = {"killed": 3, "stopped": 3, "late": 2, "raising": 2}  # scenario: ranks
+FAILURES = {"killed": 3, "stopped": 3, "late": 2, "raising": 2, "unheard": 2}  # scenario: ranks
 HEADER_BYTES = 12 * 8
 
 
@@ -176,12 +176,12 @@ def test_a_step_on_shards_is_a_step_of_one_process(size: int, tmp_path: Path) ->
     _assert_multihead_is_that_of_one_process([result["multihead"] for result in results])
     for rank, result in enumerate(results):
         kind, text, seconds = result["masked"]
-        assert kind == ("Unsupported" if rank else "InvalidProblem")
-        assert ("key_mask: expected none over ranks" if rank else "an error of ranks [1") in text
+        assert kind == ("Unsupported" if rank else "DistributedAttentionError")
+        assert ("key_mask: expected none over ranks" if rank else "an error from ranks [1") in text
         assert seconds < 2
     kinds, texts, seconds = zip(*(result["recorded"] for result in results), strict=True)
-    assert set(kinds) == {"InvalidProblem"}
-    assert "an error of ranks [1" in texts[0]
+    assert kinds == ("DistributedAttentionError",) + ("InvalidProblem",) * (size - 1)
+    assert "an error from ranks [1" in texts[0]
     assert all("expected a tensor that records no gradient" in text for text in texts[1:])
     assert max(seconds) < 2
 
@@ -214,11 +214,32 @@ def test_other_calls_are_the_same_error_on_all_ranks(
 
 def test_an_error_of_one_rank_is_told_to_the_others(mismatches: list[dict[str, Any]]) -> None:
     kinds, texts, seconds = zip(*(errors["error"] for errors in mismatches), strict=True)
-    assert kinds == ("InvalidProblem",) * 3
+    assert kinds == ("DistributedAttentionError",) * 2 + ("InvalidProblem",)
     assert "dilations[1]: expected 1 <= dilation" in texts[2]
-    assert texts[0] == texts[1]
-    assert "an error of ranks [2] in call 1" in texts[0]
+    words = "call 1 over 3 ranks: expected a call of every rank, got an error from ranks [2] of"
+    assert all(words in text for text in texts[:2])
     assert max(seconds) < 2
+
+
+@pytest.mark.parametrize(
+    ("moment", "kind", "operation"),
+    [
+        ("data", "ZeroDivisionError", "call 1"),
+        ("loss", "ZeroDivisionError", "backward of call 2"),
+        ("backward", "ZeroDivisionError", "backward of call 2"),
+        ("module", "InvalidProblem", "call 1"),
+    ],
+)
+def test_what_one_rank_throws_is_an_error_of_the_others(
+    moment: str, kind: str, operation: str, mismatches: list[dict[str, Any]]
+) -> None:
+    results = [errors[f"throws:{moment}"] for errors in mismatches]
+    assert results[2][0] == kind
+    for other, text, _ in results[:2]:
+        assert other == "DistributedAttentionError"
+        words = "expected a call of every rank, got an error from ranks [2] of group '"
+        assert f"{operation} over 3 ranks: {words}" in text
+    assert max(seconds for _, _, seconds in results) < 5
 
 
 def test_no_call_follows_a_failed_one(mismatches: list[dict[str, Any]]) -> None:

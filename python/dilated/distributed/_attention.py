@@ -18,7 +18,7 @@ from .._inputs import lengths, optional_tensors, require_tensors
 from .._options import COLUMN_SUM_PRESETS, DTYPES, Options, attention_options, flag, integers
 from .._transforms import autocast_inputs
 from ..errors import InvalidProblem, Unsupported, message
-from ._agreement import Header, agree, tell_failure
+from ._agreement import Header, agree
 from ._groups import SequenceGroups
 from ._messages import ROWS_TAG, Exchange, require_usable
 from ._plans import ExchangePlan, make_exchange_plan
@@ -122,7 +122,13 @@ class _ShardedAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        saved = ctx.saved_tensors
+        with call.groups:
+            return _ShardedAttention._backward(call, ctx.saved_tensors, dout, dlse)
+
+    @staticmethod
+    def _backward(
+        call: _Call, saved: tuple[Tensor, ...], dout: Tensor | None, dlse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if not call.plan.is_local:
             require_usable(call.groups)
             header = Header(0, call.number, 1, *call.plan.hashes)
@@ -228,20 +234,16 @@ def _check(
 
 
 def _agreed_call(groups: SequenceGroups, check: Any) -> _Call:
-    """The call of all ranks. An error of one is told to the others, who wait for its header."""
+    """The call of all ranks."""
     require_usable(groups)
     groups.calls += 1
     operation = f"call {groups.calls}"
-    try:
-        given: _Given = check()
-        plan = None
-        if groups.size == 1:
-            given.shards = [given.header.rows]
-        if given.shards is not None:
-            plan = _plan(groups, given.with_shards(given.shards), given.shards, given.options)
-    except (ValueError, NotImplementedError, TypeError):
-        tell_failure(groups, operation)
-        raise
+    given: _Given = check()
+    plan = None
+    if groups.size == 1:
+        given.shards = [given.header.rows]
+    if given.shards is not None:
+        plan = _plan(groups, given.with_shards(given.shards), given.shards, given.options)
     shards, seed = given.shards, given.dropout_seed
     if plan is None or not plan.is_local or (seed is not None and groups.size > 1):
         headers = agree(groups, given.header, operation)
@@ -370,7 +372,8 @@ def dilated_attention(
             before any tensor travels.
         Unsupported: no back end can run this, a key_mask or row_shift is given, or tensors are not
             on the CPU.
-        DistributedAttentionError: a rank did not answer within the timeout of ``sequence_groups``.
+        DistributedAttentionError: a rank raised an error of its own, or did not answer within the
+            timeout of ``sequence_groups``.
 
     Example:
         >>> import torch, torch.distributed as dist, dilated.distributed
@@ -384,11 +387,11 @@ def dilated_attention(
         torch.Size([1, 100, 8, 16])
         >>> dist.destroy_process_group()
     """
-    require_tensors(query, key, value)
     inputs = query, key, value
 
     def check() -> _Given:
         nonlocal inputs
+        require_tensors(query, key, value)
         if key_mask is not None:
             hint = "seqused and cu_seqlens say which positions there are"
             raise Unsupported(message("key_mask", "none over ranks", "a mask", hint))
@@ -404,7 +407,8 @@ def dilated_attention(
             inputs = cast[0], cast[1], cast[2]
         return _check(sequence_groups, inputs, shards, seqused, cu_seqlens, dropout_seed, checked)
 
-    wants_lse = flag("return_lse", return_lse)
-    call = _agreed_call(sequence_groups, check)
-    out, lse = _apply(*inputs, call)
+    with sequence_groups:
+        wants_lse = flag("return_lse", return_lse)
+        call = _agreed_call(sequence_groups, check)
+        out, lse = _apply(*inputs, call)
     return (out, lse) if wants_lse else out

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import _StopRecomputationError
 
 from .._options import integer, integers, number
 from ..errors import InvalidProblem, message
@@ -24,7 +25,8 @@ class SequenceGroups:
     """Ranks that hold contiguous shards of every sequence, in the order of their numbers.
 
     Made once and given to every call. It uses the communicator that the user made, creates none,
-    and its constructor does not communicate.
+    and its constructor does not communicate. As a context manager it tells the other ranks of an
+    exception that leaves the block.
 
     Args:
         group: The process group of these ranks, or a DeviceMesh of one dimension. None: all ranks.
@@ -74,6 +76,25 @@ class SequenceGroups:
 
     def __repr__(self) -> str:
         return f"SequenceGroups(rank={self.rank}, size={self.size}, timeout={self.timeout})"
+
+    def __enter__(self) -> SequenceGroups:
+        """Errors in the block reach the other ranks.
+
+        An exception that leaves the block, whatever raised it, is an error on every rank that is in
+        a call with these groups, or makes its next one: :class:`DistributedAttentionError`. Calls
+        and modules do so themselves; put a training step in a block, for its losses and data.
+        """
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        from ._agreement import tell_failure
+        from ._messages import has_messages
+
+        if error is None or issubclass(error, _StopRecomputationError):
+            return  # activation checkpointing ends so where it has recomputed enough
+        told = self.failure is not None  # by an inner block, or by the others
+        if not told and self.size > 1 and has_messages(self):
+            tell_failure(self, error)
 
     def shards(self, seqlen: SupportsIndex) -> list[int]:
         """Rows of every rank if `seqlen` rows are spread evenly: the first ranks hold one more."""
