@@ -25,7 +25,9 @@ import torch.distributed as dist
 from sequence_cases import TinyModel, cases, longnet, multihead, training_data
 from torch import Tensor
 
+from dilated import Unsupported
 from dilated.distributed import (
+    DistributedAttentionError,
     SequenceGroups,
     dilated_attention,
     mean_loss,
@@ -34,6 +36,7 @@ from dilated.distributed import (
     unshard,
 )
 
+TRANSPORTS = ("local", "halo", "all_to_all", "all_gather", "ring")
 TIMEOUT = 3.0
 Attention = Callable[..., Any]
 
@@ -51,6 +54,27 @@ def run_cases(groups: SequenceGroups) -> list[dict[str, Tensor]]:
         shards = sharded.shards if number % 2 else None
         attention = partial(dilated_attention, sequence_groups=groups, shards=shards)
         results.append(sharded.run(attention, lambda x, dim: x.narrow(dim, begin, rows)))
+    return results
+
+
+def run_transports(groups: SequenceGroups) -> list[dict[str, Any]]:
+    """Every transport of some cases: results of two runs, or the error."""
+    results = []
+    for sharded in cases(groups.size)[::3]:
+        begin = sum(sharded.shards[: groups.rank])
+        rows = sharded.shards[groups.rank]
+        result: dict[str, Any] = {}
+        for transport in TRANSPORTS:
+            own = SequenceGroups(timeout=60)
+            attention = partial(dilated_attention, sequence_groups=own, transport=transport)
+            try:
+                result[transport] = [
+                    sharded.run(attention, lambda x, dim: x.narrow(dim, begin, rows))
+                    for _ in range(2)
+                ]
+            except (Unsupported, DistributedAttentionError) as error:
+                result[transport] = str(error)
+        results.append(result)
     return results
 
 
@@ -76,7 +100,10 @@ def bytes_sent(groups: SequenceGroups, **call: Any) -> list[int]:
 def volumes(groups: SequenceGroups) -> dict[str, list[int]]:
     local = {"segments": [32, 96], "dilations": [1, 2], "shards": [96] * groups.size}
     far = {"segments": [32, 96 * groups.size], "dilations": [1, 4]}
-    return {"local": bytes_sent(groups, **local), "far": bytes_sent(groups, **far)}
+    sent = {"local": bytes_sent(groups, **local), "far": bytes_sent(groups, **far)}
+    for transport in ("all_to_all", "all_gather", "ring"):
+        sent[transport] = bytes_sent(groups, **far, is_causal=True, transport=transport)
+    return sent
 
 
 def multihead_step(groups: SequenceGroups, shards: list[int]) -> dict[str, Tensor | None]:
@@ -242,7 +269,11 @@ def main(scenario: str, folder: Path, rank: int, size: int) -> None:
     result: dict[str, Any]
     if scenario == "cases":
         groups = SequenceGroups(timeout=60)
-        result = {"cases": run_cases(groups), "volumes": volumes(groups)}
+        result = {
+            "cases": run_cases(groups),
+            "volumes": volumes(groups),
+            "transports": run_transports(groups),
+        }
     elif scenario == "training":
         result = training(SequenceGroups(timeout=60))
     elif scenario == "mismatches":

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ WORKER = Path(__file__).with_name("sequence_worker.py")
 # A hang is a failure, not a wait.
 GUARD = 120
 FAILURES = {"killed": 3, "stopped": 3, "late": 2, "raising": 2, "unheard": 2}  # scenario: ranks
-HEADER_BYTES = 12 * 8
+HEADER_BYTES = 13 * 8
 
 
 class Ranks:
@@ -108,6 +109,53 @@ def test_ranks_have_the_bits_of_one_process(size: int, tmp_path: Path) -> None:
         rows = 2 * 24 * 4 * 8 * 4
         message = [HEADER_BYTES] * (size - 1) + [rows] * (size - 1)
         assert result["volumes"]["far"] == message * 2
+    _assert_volumes([result["volumes"] for result in results])
+    _assert_transports_are_exact(results)
+
+
+def _assert_volumes(volumes: list[dict[str, list[int]]]) -> None:
+    """Bytes of a causal call of one far branch with m = 24 size rows: forward and backward."""
+    size = len(volumes)
+    rows = 2 * 24 * 4 * 8 * 4  # of one rank, K and V
+    for rank, sent in enumerate(volumes):
+        headers = [HEADER_BYTES] * (size - 1)
+        later, earlier = [rows] * (size - 1 - rank), [rows] * rank
+        assert sent["all_to_all"] == headers + later + headers + earlier
+        assert sent["all_gather"] == headers + [rows] * (size - 1) + headers + earlier
+        # Packets go on until the last rank: rank r passes its own and those of r before.
+        passed = [rows] * (rank + 1 if rank < size - 1 else 0)
+        assert sorted(sent["ring"]) == sorted(2 * (headers + passed) + earlier)
+
+
+def _assert_transports_are_exact(results: list[dict[str, Any]]) -> None:
+    size, ran = len(results), Counter[str]()
+    for number, sharded in enumerate(cases(size)[::3]):
+        by_rank = [result["transports"][number] for result in results]
+        for transport in by_rank[0]:
+            runs = [result[transport] for result in by_rank]
+            if isinstance(runs[0], str):
+                refused = {"local": "transport: expected", "halo": "transport: expected"}
+                word = refused.get(transport, "merge" if "merge" in runs[0] else "lse_grad")
+                assert transport not in ("all_to_all", "all_gather")
+                assert all(word in text for text in runs)
+                continue
+            ran[transport] += 1
+            for run in runs:
+                for name, tensor in run[0].items():
+                    assert torch.equal(tensor, run[1][name]), "two runs"
+            first = [run[0] for run in runs]
+            if transport != "ring":
+                _assert_equal(sharded, first)
+                continue
+            whole = sharded.run(dilated.dilated_attention, lambda x, dim: x)
+            rows_dim = 0 if sharded.cu_seqlens is not None else 1
+            for name, expected in whole.items():
+                got = torch.cat([part[name] for part in first], -1 if name == "lse" else rows_dim)
+                finite = expected.isfinite()
+                assert torch.equal(got.isfinite(), finite)
+                # A merge per rank, each rounded, forth and back.
+                assert _ulps(got[finite], expected[finite]) <= 4 * size, (sharded, name)
+    assert all(ran[name] for name in ("halo", "all_to_all", "all_gather", "ring")), ran
 
 
 def _assert_multihead_is_that_of_one_process(parts: list[dict[str, Tensor]]) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ..errors import DistributedAttentionError, InvalidProblem, message
 from ._groups import SequenceGroups
-from ._messages import HEADER_TAG, Exchange, failure
+from ._messages import HEADER_TAG, Exchange, failure, require_usable
+
+if TYPE_CHECKING:
+    from ._plans import Call
 
 
 class Header(NamedTuple):
@@ -24,6 +27,7 @@ class Header(NamedTuple):
     options: int = 0
     shards: int = 0
     seqused: int = 0  # a hash
+    transport: int = 0  # as asked for
     seeded: int = 0  # whether dropout_seed was given
     rows: int = 0  # may differ
     seed: int = 0  # rank 0's counts where none was given
@@ -40,6 +44,7 @@ _WORDS = {
     "options": "other options",
     "shards": "other shards or cu_seqlens",
     "seqused": "another seqused",
+    "transport": "another transport",
     "seeded": "another dropout_seed",
 }
 
@@ -103,3 +108,14 @@ def agree(groups: SequenceGroups, header: Header, operation: str) -> list[Header
             message("sequence_groups", "the same call on all ranks", groups.failure)
         )
     return headers
+
+
+def agree_on_backward(call: Call) -> None:
+    """All ranks are in the backward of this call.
+
+    Raises:
+        InvalidProblem, DistributedAttentionError: as `agree`.
+    """
+    require_usable(call.groups)
+    header = Header(0, call.number, 1, *call.plan.hashes)
+    agree(call.groups, header, f"backward of call {call.number}")

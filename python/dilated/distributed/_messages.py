@@ -16,6 +16,7 @@ from ._groups import SequenceGroups
 # Ours among the tags of the group; forward and backward exchange headers first.
 HEADER_TAG = 0x64696C
 ROWS_TAG = HEADER_TAG + 1
+GRADIENTS_TAG = HEADER_TAG + 2
 
 # After one rank failed, what the others have long sent must be there.
 _GRACE = datetime.timedelta(milliseconds=50)
