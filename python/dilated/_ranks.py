@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import torch
+
 if TYPE_CHECKING:
     from .distributed import SequenceGroups
 
@@ -21,6 +23,8 @@ def telling_ranks(method: _Method) -> _Method:
     ) -> Any:
         if sequence_groups is None:
             return method(self, *arguments, **more)
+        if torch.compiler.is_compiling():  # operators tell, graphs cannot
+            return method(self, *arguments, sequence_groups=sequence_groups, **more)
         with sequence_groups:
             return method(self, *arguments, sequence_groups=sequence_groups, **more)
 

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 _MOST_PLANS = 64
 
 
-def _plan(groups: SequenceGroups, shapes: Any, shards: Any, options: Options) -> ExchangePlan:
+def plan_of(groups: SequenceGroups, shapes: Any, shards: Any, options: Options) -> ExchangePlan:
+    """Of a call with these shapes, but for their length; cached."""
+    shapes = _with_length(shapes, sum(shards))
     key = (*shapes, None, *shards, None, *options[:3], *options.packed)
     plan = groups.plans.get(key)
     if plan is None:
@@ -42,7 +44,7 @@ def _plan(groups: SequenceGroups, shapes: Any, shards: Any, options: Options) ->
 
 
 @dataclass
-class _Given:
+class Given:
     """A checked call of this rank, before others are asked."""
 
     options: Options
@@ -54,11 +56,22 @@ class _Given:
     transport: str | None
     header: Header
 
-    def with_shards(self, shards: list[int]) -> tuple[int, ...]:
-        return (*self.shapes[:4], sum(shards), *self.shapes[5:])
+
+def call_shapes(
+    layout: str, query: Tensor, key: Tensor, has_seqused: bool, cu: list[int]
+) -> tuple[int, ...]:
+    """Of the whole call, without its length (bindings/torch/arguments.h)."""
+    heads_dim = {"bshd": 2, "bhsd": 1, "shd": 1}[layout]
+    batch = 1 if layout == "shd" else query.shape[0]
+    return (0, 0, DTYPES.index(query.dtype), batch, 0, query.shape[heads_dim],
+            key.shape[heads_dim], query.shape[-1], 0, int(has_seqused), *cu)  # fmt: skip
 
 
-def _check(
+def _with_length(shapes: tuple[int, ...], length: int) -> tuple[int, ...]:
+    return (*shapes[:4], length, *shapes[5:])
+
+
+def check_call(
     groups: SequenceGroups,
     tensors: tuple[Tensor, Tensor, Tensor],
     shards: Sequence[SupportsIndex] | None,
@@ -67,7 +80,9 @@ def _check(
     dropout_seed: SupportsIndex | Tensor | None,
     transport: str | None,
     options: Options,
-) -> _Given:
+    drawn: bool | None = None,
+) -> Given:
+    """What can be checked before other ranks are asked."""
     query, key, _ = tensors
     cpu = torch.device("cpu")
     if query.device != cpu:
@@ -76,8 +91,7 @@ def _check(
     optional, _ = optional_tensors(query, options, None, None, None, None, dropout_seed)
     _fake.check((*tensors, *optional), options)
     packed = options.layout == "shd"
-    seqlen_dim, heads_dim = {"bshd": (1, 2), "bhsd": (2, 1), "shd": (0, 1)}[options.layout]
-    rows = query.shape[seqlen_dim]
+    rows = query.shape[{"bshd": 1, "bhsd": 2, "shd": 0}[options.layout]]
     starts = lengths("cu_seqlens", cu_seqlens, cpu)
     cu = [] if starts is None else starts.tolist()
     if packed != bool(cu):
@@ -88,44 +102,41 @@ def _check(
     if given is not None and (len(given) != groups.size or given[groups.rank] != rows):
         expected = f"{groups.size} numbers of rows, {rows} of them for rank {groups.rank}"
         raise InvalidProblem(message("shards", expected, str(given)))
-    batch = 1 if packed else query.shape[0]
-    shapes = (0, 0, DTYPES.index(query.dtype), batch, 0, query.shape[heads_dim],
-              key.shape[heads_dim], query.shape[-1], 0, int(used is not None), *cu)  # fmt: skip
+    shapes = call_shapes(options.layout, query, key, used is not None, cu)
     # What can be compared before the shards are known.
     total = [cu[-1] if cu else 0] if given is None else given
-    alone = (*shapes[:4], sum(total), *shapes[5:])
-    asked = (list(alone), total, 0, *options)
+    asked = (list(_with_length(shapes, sum(total))), total, 0, *options)
     hashes = list(_ops.ask(_ops.ops.exchange_numbers, *asked)[3:])
     seed = optional.dropout_seed
     header = Header(0, groups.calls, 0, *hashes)._replace(
         seqused=0 if used is None else hash(tuple(used.tolist())),
         transport=transport_index(transport),
-        seeded=int(dropout_seed is not None),
+        seeded=int(dropout_seed is not None and not drawn),
         rows=rows,
         seed=0 if seed is None else int(seed[0]),
         offset=0 if seed is None else int(seed[1]),
     )
-    return _Given(options, shapes, given, cu, used, seed, transport, header)
+    return Given(options, shapes, given, cu, used, seed, transport, header)
 
 
-def _agreed_call(groups: SequenceGroups, check: Any) -> Call:
+def agreed_call(groups: SequenceGroups, check: Any) -> Call:
     """The call of all ranks."""
     require_usable(groups)
     groups.calls += 1
     operation = f"call {groups.calls}"
-    given: _Given = check()
+    given: Given = check()
     plan = None
     if groups.size == 1:
         given.shards = [given.header.rows]
     if given.shards is not None:
-        plan = _plan(groups, given.with_shards(given.shards), given.shards, given.options)
+        plan = plan_of(groups, given.shapes, given.shards, given.options)
     shards, seed = given.shards, given.dropout_seed
     if plan is None or not plan.is_local or (seed is not None and groups.size > 1):
         headers = agree(groups, given.header, operation)
         shards = [header.rows for header in headers]
         if seed is not None:
             seed = torch.tensor([headers[0].seed, headers[0].offset], dtype=torch.int64)
-        plan = _plan(groups, given.with_shards(shards), shards, given.options)
+        plan = plan_of(groups, given.shapes, shards, given.options)
     assert shards is not None
     return Call(
         groups,
@@ -276,7 +287,7 @@ def dilated_attention(
     """
     inputs = query, key, value
 
-    def check() -> _Given:
+    def read_options() -> Options:
         nonlocal inputs
         require_tensors(query, key, value)
         if key_mask is not None:
@@ -292,13 +303,26 @@ def dilated_attention(
             none = _ops.OptionalTensors()
             cast = autocast_inputs(query.device.type, (query, key, value, *none, *checked))
             inputs = cast[0], cast[1], cast[2]
-        return _check(
+        return checked
+
+    if torch.compiler.is_compiling():
+        from ._compiled import compiled_attention
+
+        checked = read_options()
+        out, lse = compiled_attention(
+            sequence_groups, inputs, shards, seqused, cu_seqlens, dropout_seed, transport, checked
+        )
+        return (out, lse) if flag("return_lse", return_lse) else out
+
+    def check() -> Given:
+        checked = read_options()
+        return check_call(
             sequence_groups, inputs, shards, seqused, cu_seqlens, dropout_seed, transport, checked
         )
 
     with sequence_groups:
         wants_lse = flag("return_lse", return_lse)
-        call = _agreed_call(sequence_groups, check)
+        call = agreed_call(sequence_groups, check)
         function: Any = RingAttention if call.transport == "ring" else ClassRowsAttention
         out, lse = function.apply(*inputs, call)
     return (out, lse) if wants_lse else out

@@ -17,8 +17,10 @@ from ._messages import ROWS_TAG, Exchange
 from ._plans import Call
 
 
-def _exchange_keys(call: Call, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Class rows of keys and values, (batch, class rows, head_dim); rows nobody needs are unset."""
+def _exchange_keys(call: Call, key: Tensor, value: Tensor) -> Tensor:
+    """Class rows of keys and values, (2, batch, class rows, head_dim); some are unset: nobody
+    needs them.
+    """
     plan, rank = call.plan, call.groups.rank
     sides = call.by_token(key), call.by_token(value)
     batch, head_dim = sides[0].shape[0], key.shape[-1]
@@ -45,7 +47,7 @@ def _exchange_keys(call: Call, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
             part = part[:, :, gather.receives[peer].read]
         if peer in plan.receives:
             class_rows[:, :, plan.receives[peer].class_rows] = part
-    return class_rows[0], class_rows[1]
+    return class_rows
 
 
 def _add_gradients(
@@ -77,38 +79,56 @@ def _rest(call: Call) -> tuple[Any, ...]:
     return (call.seqused, call.windows(call.groups.rank), call.dropout_seed, *call.options)
 
 
+def forward(call: Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """Out, lse, and what backward needs: class rows (2, batch, rows, head_dim), then the core's."""
+    class_rows = _exchange_keys(call, key, value)
+    out, lse, *saved = _ops.ask(
+        _ops.ops.forward_class_rows, query, key, value, *class_rows, *_rest(call)
+    )
+    return out, lse, class_rows, *saved
+
+
+def backward(
+    call: Call,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    saved: tuple[Tensor, ...],
+    dout: Tensor | None,
+    dlse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value from what `forward` returned."""
+    out, lse, class_rows, *rest = saved
+    with call.groups:
+        if not call.plan.is_local:
+            agree_on_backward(call)
+        dquery, dkey, dvalue, *dclass = _ops.ask(
+            _ops.ops.backward_class_rows,
+            torch.zeros_like(out) if dout is None else dout,
+            dlse,
+            *inputs,
+            *class_rows,
+            out,
+            lse,
+            *rest,
+            *_rest(call),
+        )
+        if not call.plan.is_local:
+            _add_gradients(call, dkey, dvalue, *dclass)
+        return dquery, dkey.to(inputs[1].dtype), dvalue.to(inputs[2].dtype)
+
+
 class ClassRowsAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: Call
     ) -> tuple[Tensor, Tensor]:
-        class_rows = _exchange_keys(call, key, value)
-        out, lse, *saved = _ops.ask(
-            _ops.ops.forward_class_rows, query, key, value, *class_rows, *_rest(call)
-        )
-        ctx.save_for_backward(query, key, value, *class_rows, out, lse, *saved)
+        saved = forward(call, query, key, value)
+        ctx.save_for_backward(query, key, value, *saved)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        return out, lse
+        return saved[0], saved[1]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        call: Call = ctx.call
-        with call.groups:
-            return ClassRowsAttention._backward(call, ctx.saved_tensors, dout, dlse)
-
-    @staticmethod
-    def _backward(
-        call: Call, saved: tuple[Tensor, ...], dout: Tensor | None, dlse: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        if not call.plan.is_local:
-            agree_on_backward(call)
-        if dout is None:
-            dout = torch.zeros_like(saved[5])
-        dquery, dkey, dvalue, *dclass = _ops.ask(
-            _ops.ops.backward_class_rows, dout, dlse, *saved, *_rest(call)
-        )
-        if not call.plan.is_local:
-            _add_gradients(call, dkey, dvalue, *dclass)
-        return dquery, dkey.to(saved[1].dtype), dvalue.to(saved[2].dtype), None
+        tensors = ctx.saved_tensors
+        return (*backward(ctx.call, tensors[:3], tensors[3:], dout, dlse), None)

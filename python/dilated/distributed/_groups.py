@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
@@ -19,6 +21,22 @@ if TYPE_CHECKING:
     from ._plans import ExchangePlan
 
 _OP = "SequenceGroups"
+
+
+_numbers = itertools.count()
+_named: weakref.WeakValueDictionary[str, SequenceGroups] = weakref.WeakValueDictionary()
+
+
+def groups_named(name: str) -> SequenceGroups:
+    """The groups of a compiled graph, which must still exist.
+
+    Raises:
+        InvalidProblem: they do not.
+    """
+    groups = _named.get(name)
+    if groups is None:
+        raise InvalidProblem(message("sequence_groups", "groups that exist", name, op=_OP))
+    return groups
 
 
 class SequenceGroups:
@@ -67,6 +85,9 @@ class SequenceGroups:
             raise InvalidProblem(message("timeout", "seconds > 0", str(timeout), op=_OP))
         self.rank = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
+        #: What compiled graphs call these groups by, in this process.
+        self.name = f"{self.group.group_name}/{next(_numbers)}"
+        _named[self.name] = self
         #: Calls so far: ranks that lose step are told apart by it.
         self.calls = 0
         #: Why no call is possible any more.
