@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from .. import _fake
+from .. import _fake, _ops
 from .._inputs import optional_tensors
 from .._options import Options, integers
 from ..errors import InvalidProblem, Unsupported, message
@@ -108,17 +109,19 @@ def _sharded_attention_backward(
 
 
 def _fake_forward(
-    query: Tensor, key: Tensor, value: Tensor, _seed: Any, _drawn: bool, *of_call: Any
+    query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, _drawn: bool, *of_call: Any
 ) -> tuple[Tensor, ...]:
     seqused, _, name, shards, cu_seqlens, transport, *rest = of_call
     options = _options(None, tuple(rest))
     options = options._replace(packed=[int(entry) for entry in options.packed])
-    none = (None,) * 6
-    saves = _fake.check((query, key, value, *none), options) > 0
     cu = [int(entry) for entry in cu_seqlens]
+    starts = query.new_empty([len(cu)], dtype=torch.int64) if cu else None
+    optional = _ops.OptionalTensors(cu_seqlens=starts, dropout_seed=seed)
+    saves = _fake.check((query, key, value, *optional), options) > 0
     shapes = call_shapes(options.layout, query, key, seqused is not None, cu)
     shapes = tuple(int(size) for size in shapes)  # one graph per size: the plan has no symbols
-    plan = plan_of(groups_named(name), shapes, [int(rows) for rows in shards], options)
+    with _disable_current_modes():  # rows of the plan are numbers
+        plan = plan_of(groups_named(name), shapes, [int(rows) for rows in shards], options)
     transport_of(plan, options, transport or None)
     batch, heads, head_dim = shapes[3], shapes[5], shapes[7]
     rows = shards[groups_named(name).rank]

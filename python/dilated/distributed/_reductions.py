@@ -12,6 +12,7 @@ from typing import SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .._options import integer, integers
 from ..errors import InvalidProblem, Unsupported, message
@@ -129,6 +130,12 @@ def _sum(groups: SequenceGroups, flat: Tensor, operation: str) -> Tensor:
     return torch.cat(parts)
 
 
+def _local(x: Tensor) -> Tensor:
+    """This rank's part of what FSDP shards, everything of other tensors."""
+    local: Tensor = x.to_local() if isinstance(x, DTensor) else x
+    return local.detach()
+
+
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -218,7 +225,8 @@ def sum_gradients(parameters: Iterable[Tensor], *, sequence_groups: SequenceGrou
     """Replace the gradients of replicated parameters by their sums over the ranks.
 
     Args:
-        parameters: The same on all ranks, in one order. A gradient that is None counts as zeros,
+        parameters: The same on all ranks, in one order; FSDP's have this rank's part summed, with
+            those of ranks that hold the same part. A gradient that is None counts as zeros,
             and stays None if all ranks have none.
         sequence_groups: The ranks.
 
@@ -248,14 +256,20 @@ def sum_gradients(parameters: Iterable[Tensor], *, sequence_groups: SequenceGrou
             _require_cpu("sum_gradients", "parameters", parameter)
         wide = any(parameter.dtype == torch.float64 for parameter in trained)
         dtype = torch.float64 if wide else torch.float32
-        given = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in trained]
+        given = [
+            torch.zeros(_local(p).numel()) if p.grad is None else _local(p.grad).flatten()
+            for p in trained
+        ]
         present = torch.tensor([float(p.grad is not None) for p in trained], dtype=dtype)
         return trained, torch.cat([present, *(gradient.to(dtype) for gradient in given)])
 
     trained, flat = _checked(groups, check)
     present, *sums = _sum(groups, flat, operation).split(
-        [len(trained), *(parameter.numel() for parameter in trained)]
+        [len(trained), *(_local(parameter).numel() for parameter in trained)]
     )
     for parameter, given, gradient in zip(trained, present.tolist(), sums):
         if given:
-            parameter.grad = gradient.to(parameter.dtype).reshape(parameter.shape)
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            here = _local(parameter.grad)
+            here.copy_(gradient.reshape(here.shape))
