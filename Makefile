@@ -44,7 +44,7 @@ help: ## This list
 demo: $(EXAMPLES) ## Train a LongNet at 16,384 bytes of context on a real corpus; writes demo/report.html
 	.venv/bin/python examples/longnet demo --out $(DEMO) $(DEMO_OPTIONS)
 
-.PHONY: demo-recall demo-slide demo-chromosome
+.PHONY: demo-recall demo-slide demo-chromosome demo-ranks
 demo-recall: $(EXAMPLES) ## Recall across 16 local segments, with and without dilated branches; writes demo/recall.png
 	@mkdir -p $(DEMO)
 	.venv/bin/python examples/recall/recall.py --out $(DEMO)/recall.png $(DEMO_OPTIONS)
@@ -58,6 +58,12 @@ FASTA ?= build/chromosome/MGH78578.fna.xz
 demo-chromosome: $(EXAMPLES) ## Embed 5.3 million bases in one forward pass; writes demo/chromosome
 	@[[ -f $(FASTA) || $(origin FASTA) != file ]] || tools/fetch_chromosome.sh $(FASTA)
 	.venv/bin/python examples/chromosome/embed.py --fasta $(FASTA) --out $(DEMO)/chromosome $(DEMO_OPTIONS)
+
+# Two processes that hold half of every sequence each. With `DEMO_OPTIONS='--fail-at 15'` one of them is killed on the way.
+RANKS ?= 2
+demo-ranks: $(EXAMPLES) ## Train over RANKS processes that share every sequence; started again, it goes on
+	.venv/bin/python -m torch.distributed.run --standalone --nproc-per-node $(RANKS) --max-restarts 3 \
+	  examples/longnet/ranks.py --out $(DEMO)/ranks $(DEMO_OPTIONS)
 
 # In this order: what fails quickly comes first, pytest's summary stands last.
 .PHONY: test

@@ -174,21 +174,29 @@ std::int64_t ExchangePlan::received_bytes(std::int64_t rank) const {
   return 2 * rows * problem_.batch * problem_.head_dim * size_of(problem_.dtype);
 }
 
-bool ExchangePlan::is_local() const {
-  for (std::int64_t rank = 0; rank < num_ranks(); ++rank) {
-    for (const Piece& piece : pieces(rank)) {
-      for (std::size_t b = 0; b < columns_.size(); ++b) {
-        ClassRows rows = columns_[b];
-        std::int64_t end = 0;
-        add_partial_segments(problem_.branches[b], problem_.is_causal, piece.length, piece.window,
-                             piece.sequence, rows, end);
-        if (!rows.segments.empty() && !rows.columns.empty()) {
-          return false;
-        }
-      }
+bool ExchangePlan::has_partial_segments(std::int64_t rank) const {
+  std::int64_t end = 0;
+  for (const ClassRows& rows : partial_rows(rank, end)) {
+    if (!rows.segments.empty() && !rows.columns.empty()) {
+      return true;
     }
   }
-  return true;
+  return false;
+}
+
+Reach ExchangePlan::reach() const {
+  Reach reach = Reach::kLocal;
+  for (std::int64_t rank = 0; rank < num_ranks(); ++rank) {
+    if (!has_partial_segments(rank)) {
+      continue;
+    }
+    const Range ranks = neighbours(rank);
+    if (ranks.begin < rank - 1 || ranks.end > rank + 2) {
+      return Reach::kFar;
+    }
+    reach = Reach::kNeighbours;
+  }
+  return reach;
 }
 
 namespace {
@@ -245,7 +253,11 @@ std::array<std::uint64_t, 4> ExchangePlan::hash() const {
 }
 
 std::string ExchangePlan::to_string() const {
-  std::string text = fmt::format("ranks         {}\n", num_ranks());
+  constexpr std::array<const char*, 3> kReaches = {"none: every segment lies inside one shard",
+                                                   "to the next rank: segments cross one border",
+                                                   "to all ranks of a segment"};
+  std::string text = fmt::format("ranks         {}\nrows travel   {}\n", num_ranks(),
+                                 kReaches.at(static_cast<std::size_t>(reach())));
   constexpr std::int64_t kShown = 8;
   for (std::int64_t rank = 0; rank < std::min(num_ranks(), kShown); ++rank) {
     std::vector<std::int64_t> rows(columns_.size(), 0);

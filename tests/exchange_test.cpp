@@ -324,8 +324,16 @@ TEST(ExchangePlan, PrintsWhatEveryRankReceives) {
   const Problem problem = paper_problem(16, 2, 8, {{4, 1}, {16, 2}});
   EXPECT_EQ(make_exchange_plan(problem, {8, 8}).to_string(),
             "ranks         2\n"
+            "rows travel   to the next rank: segments cross one border\n"
             "rank 0        rows [0, 8), receives [0, 8] key rows of the branches, 512 bytes\n"
             "rank 1        rows [8, 16), receives [0, 8] key rows of the branches, 512 bytes\n");
+}
+
+TEST(ExchangePlan, KnowsHowFarRowsTravel) {
+  const Problem problem = paper_problem(48, 2, 8, {{4, 1}, {12, 2}});
+  EXPECT_EQ(make_exchange_plan(problem, {12, 24, 12}).reach(), Reach::kLocal);
+  EXPECT_EQ(make_exchange_plan(problem, {16, 16, 16}).reach(), Reach::kNeighbours);
+  EXPECT_EQ(make_exchange_plan(problem, {16, 4, 4, 24}).reach(), Reach::kFar);
 }
 
 TEST(ExchangePlan, RejectsShardsThatDoNotCoverTheSequence) {

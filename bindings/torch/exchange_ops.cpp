@@ -25,15 +25,16 @@ void require_rank(std::int64_t rank, const ExchangePlan& plan) {
   }
 }
 
-/// (runs, 6) of int64: peer, kv_head, row, step, count, class_row.
+/// (runs, 7) of int64: peer, branch, kv_head, row, step, count, class_row.
 Tensor table_of(const std::vector<ClassRun>& runs, std::int64_t ClassRun::* peer) {
-  constexpr std::int64_t kColumns = 6;
+  constexpr std::int64_t kColumns = 7;
   Tensor table = new_cpu_tensor({static_cast<std::int64_t>(runs.size()), kColumns},
                                 torch::headeronly::ScalarType::Long);
   auto* next = static_cast<std::int64_t*>(table.mutable_data_ptr());
   for (const ClassRun& run : runs) {
-    next = std::ranges::copy(
-               Ints{run.*peer, run.kv_head, run.row, run.step, run.count, run.class_row}, next)
+    next = std::ranges::copy(Ints{run.*peer, static_cast<std::int64_t>(run.branch), run.kv_head,
+                                  run.row, run.step, run.count, run.class_row},
+                             next)
                .out;
   }
   return table;
@@ -50,13 +51,14 @@ std::tuple<Tensor, Tensor> exchange_runs(const Ints& shapes, const Ints& shards,
           table_of(plan.receives(rank), &ClassRun::from)};
 }
 
-/// Whether the plan is local, class rows of the rank, bytes that it receives, the four hashes.
+/// How far rows travel, class rows of the rank, bytes that it receives, the four hashes.
 Ints exchange_numbers(const Ints& shapes, const Ints& shards, std::int64_t rank,
                       std::optional<double> scale, std::optional<double> out_scale,
                       double dropout_p, const Ints& packed) {
   const ExchangePlan plan = plan_of(shapes, shards, scale, out_scale, dropout_p, packed);
   require_rank(rank, plan);
-  Ints numbers = {plan.is_local() ? 1 : 0, plan.class_row_count(rank), plan.received_bytes(rank)};
+  Ints numbers = {static_cast<std::int64_t>(plan.reach()), plan.class_row_count(rank),
+                  plan.received_bytes(rank)};
   for (const std::uint64_t hash : plan.hash()) {
     numbers.push_back(static_cast<std::int64_t>(hash));
   }

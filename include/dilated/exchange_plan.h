@@ -30,6 +30,9 @@ struct ClassRun {
   bool operator==(const ClassRun&) const = default;
 };
 
+/// How far rows travel: not at all, between ranks whose numbers follow one another, or farther.
+enum class Reach : std::uint8_t { kLocal, kNeighbours, kFar };
+
 class ExchangePlan {
  public:
   std::int64_t num_ranks() const { return static_cast<std::int64_t>(begins_.size()) - 1; }
@@ -50,7 +53,8 @@ class ExchangePlan {
   /// Bytes of keys and values that a rank receives from others.
   std::int64_t received_bytes(std::int64_t rank) const;
   /// True if no row travels: every segment lies inside one shard.
-  bool is_local() const;
+  bool is_local() const { return reach() == Reach::kLocal; }
+  Reach reach() const;
 
   /// Equal for equal calls on equal shards: of shapes and dtype; branches; other options; shards
   /// and sequences. Tells mistakes apart, not attacks.
@@ -68,6 +72,7 @@ class ExchangePlan {
   std::vector<ClassRows> partial_rows(std::int64_t rank, std::int64_t& end) const;
   void add_runs(std::int64_t from, std::int64_t to, const std::vector<ClassRows>& rows_of_to,
                 std::vector<ClassRun>& runs) const;
+  bool has_partial_segments(std::int64_t rank) const;
   Range neighbours(std::int64_t rank) const;
   std::int64_t rank_of(std::int64_t row) const;
 

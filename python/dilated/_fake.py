@@ -73,7 +73,7 @@ def _lse_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _branch_rows(seqlen: Any, sequences: Any, windows: bool, options: Options) -> Any:
+def branch_rows(seqlen: Any, sequences: Any, windows: bool, options: Options) -> Any:
     """Plan::branch_rows (include/dilated/plan.h), for symbolic seqlen too."""
     extra = 3 * sequences if windows else sequences + 1
     rows = 0
@@ -108,7 +108,7 @@ def _forward_saving_fake(
         elif query.dim() == 3 and optional.windows is not None:
             sequences = optional.windows.shape[0]
         seqlen = query.shape[_seqlen_dim(options)]
-        rows = _branch_rows(seqlen, sequences, optional.windows is not None, options)
+        rows = branch_rows(seqlen, sequences, optional.windows is not None, options)
     return (
         out,
         lse,

@@ -92,6 +92,18 @@ class Options(NamedTuple):
         first = _LISTS + self.packed[1]
         return self.packed[first : first + self.packed[2]]
 
+    @property
+    def weights_have_gradients(self) -> bool:
+        """Whether backward goes through the weights of the branches."""
+        digit = self.digit("lse_grad")
+        return digit == 2 or (digit == 0 and self.name("preset") != "torchscale")
+
+    def without_causality(self) -> Options:
+        """The same call, not causal."""
+        shift = 4 * _ROWS.index("is_causal")
+        names = (self.packed[0] & ~(15 << shift)) | (1 << shift)
+        return self._replace(packed=[names, *self.packed[1:]])
+
     def known(self, known: Callable[[int], int | None]) -> Options:
         """The same call with 1 for segments and dilations, 0 for offsets that are not known."""
         entries = [known(entry) for entry in self.packed]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import _ops
 from ._options import OPTION_DEFAULTS, attention_options, flag, integers
+from ._ranks import telling_ranks
 from .errors import InvalidProblem, message
 from .functional import dilated_attention
 
@@ -96,6 +97,7 @@ class DilatedAttention(nn.Module):
         sequence_groups: SequenceGroups | None = ..., shards: Sequence[SupportsIndex] | None = ...,
     ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
+    @telling_ranks
     def forward(
         self,
         query: Tensor,

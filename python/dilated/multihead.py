@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ._inputs import require_parameter_dtype
 from ._options import COLUMN_SUM_PRESETS
+from ._ranks import telling_ranks
 from ._torch_masks import key_mask_of, refuse, require_causal_mask
 from .errors import InvalidProblem, Unsupported, message
 from .modules import DilatedAttention
@@ -146,6 +147,7 @@ class MultiheadDilatedAttention(nn.Module):
         if self.out_proj.bias is not None:
             nn.init.zeros_(self.out_proj.bias)
 
+    @telling_ranks
     def forward(
         self,
         query: Tensor,

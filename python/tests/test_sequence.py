@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,8 @@ from dilated.distributed import SequenceGroups
 WORKER = Path(__file__).with_name("sequence_worker.py")
 # A hang is a failure, not a wait.
 GUARD = 120
-FAILURES = {"killed": 3, "stopped": 3, "late": 2, "raising": 2}  # scenario: ranks
-HEADER_BYTES = 12 * 8
+FAILURES = {"killed": 3, "stopped": 3, "late": 2, "raising": 2, "unheard": 2}  # scenario: ranks
+HEADER_BYTES = 13 * 8
 
 
 class Ranks:
@@ -108,6 +109,53 @@ def test_ranks_have_the_bits_of_one_process(size: int, tmp_path: Path) -> None:
         rows = 2 * 24 * 4 * 8 * 4
         message = [HEADER_BYTES] * (size - 1) + [rows] * (size - 1)
         assert result["volumes"]["far"] == message * 2
+    _assert_volumes([result["volumes"] for result in results])
+    _assert_transports_are_exact(results)
+
+
+def _assert_volumes(volumes: list[dict[str, list[int]]]) -> None:
+    """Bytes of a causal call of one far branch with m = 24 size rows: forward and backward."""
+    size = len(volumes)
+    rows = 2 * 24 * 4 * 8 * 4  # of one rank, K and V
+    for rank, sent in enumerate(volumes):
+        headers = [HEADER_BYTES] * (size - 1)
+        later, earlier = [rows] * (size - 1 - rank), [rows] * rank
+        assert sent["all_to_all"] == headers + later + headers + earlier
+        assert sent["all_gather"] == headers + [rows] * (size - 1) + headers + earlier
+        # Packets go on until the last rank: rank r passes its own and those of r before.
+        passed = [rows] * (rank + 1 if rank < size - 1 else 0)
+        assert sorted(sent["ring"]) == sorted(2 * (headers + passed) + earlier)
+
+
+def _assert_transports_are_exact(results: list[dict[str, Any]]) -> None:
+    size, ran = len(results), Counter[str]()
+    for number, sharded in enumerate(cases(size)[::3]):
+        by_rank = [result["transports"][number] for result in results]
+        for transport in by_rank[0]:
+            runs = [result[transport] for result in by_rank]
+            if isinstance(runs[0], str):
+                refused = {"local": "transport: expected", "halo": "transport: expected"}
+                word = refused.get(transport, "merge" if "merge" in runs[0] else "lse_grad")
+                assert transport not in ("all_to_all", "all_gather")
+                assert all(word in text for text in runs)
+                continue
+            ran[transport] += 1
+            for run in runs:
+                for name, tensor in run[0].items():
+                    assert torch.equal(tensor, run[1][name]), "two runs"
+            first = [run[0] for run in runs]
+            if transport != "ring":
+                _assert_equal(sharded, first)
+                continue
+            whole = sharded.run(dilated.dilated_attention, lambda x, dim: x)
+            rows_dim = 0 if sharded.cu_seqlens is not None else 1
+            for name, expected in whole.items():
+                got = torch.cat([part[name] for part in first], -1 if name == "lse" else rows_dim)
+                finite = expected.isfinite()
+                assert torch.equal(got.isfinite(), finite)
+                # A merge per rank, each rounded, forth and back.
+                assert _ulps(got[finite], expected[finite]) <= 4 * size, (sharded, name)
+    assert all(ran[name] for name in ("halo", "all_to_all", "all_gather", "ring")), ran
 
 
 def _assert_multihead_is_that_of_one_process(parts: list[dict[str, Tensor]]) -> None:
@@ -176,12 +224,12 @@ def test_a_step_on_shards_is_a_step_of_one_process(size: int, tmp_path: Path) ->
     _assert_multihead_is_that_of_one_process([result["multihead"] for result in results])
     for rank, result in enumerate(results):
         kind, text, seconds = result["masked"]
-        assert kind == ("Unsupported" if rank else "InvalidProblem")
-        assert ("key_mask: expected none over ranks" if rank else "an error of ranks [1") in text
+        assert kind == ("Unsupported" if rank else "DistributedAttentionError")
+        assert ("key_mask: expected none over ranks" if rank else "an error from ranks [1") in text
         assert seconds < 2
     kinds, texts, seconds = zip(*(result["recorded"] for result in results), strict=True)
-    assert set(kinds) == {"InvalidProblem"}
-    assert "an error of ranks [1" in texts[0]
+    assert kinds == ("DistributedAttentionError",) + ("InvalidProblem",) * (size - 1)
+    assert "an error from ranks [1" in texts[0]
     assert all("expected a tensor that records no gradient" in text for text in texts[1:])
     assert max(seconds) < 2
 
@@ -214,11 +262,32 @@ def test_other_calls_are_the_same_error_on_all_ranks(
 
 def test_an_error_of_one_rank_is_told_to_the_others(mismatches: list[dict[str, Any]]) -> None:
     kinds, texts, seconds = zip(*(errors["error"] for errors in mismatches), strict=True)
-    assert kinds == ("InvalidProblem",) * 3
+    assert kinds == ("DistributedAttentionError",) * 2 + ("InvalidProblem",)
     assert "dilations[1]: expected 1 <= dilation" in texts[2]
-    assert texts[0] == texts[1]
-    assert "an error of ranks [2] in call 1" in texts[0]
+    words = "call 1 over 3 ranks: expected a call of every rank, got an error from ranks [2] of"
+    assert all(words in text for text in texts[:2])
     assert max(seconds) < 2
+
+
+@pytest.mark.parametrize(
+    ("moment", "kind", "operation"),
+    [
+        ("data", "ZeroDivisionError", "call 1"),
+        ("loss", "ZeroDivisionError", "backward of call 2"),
+        ("backward", "ZeroDivisionError", "backward of call 2"),
+        ("module", "InvalidProblem", "call 1"),
+    ],
+)
+def test_what_one_rank_throws_is_an_error_of_the_others(
+    moment: str, kind: str, operation: str, mismatches: list[dict[str, Any]]
+) -> None:
+    results = [errors[f"throws:{moment}"] for errors in mismatches]
+    assert results[2][0] == kind
+    for other, text, _ in results[:2]:
+        assert other == "DistributedAttentionError"
+        words = "expected a call of every rank, got an error from ranks [2] of group '"
+        assert f"{operation} over 3 ranks: {words}" in text
+    assert max(seconds for _, _, seconds in results) < 5
 
 
 def test_no_call_follows_a_failed_one(mismatches: list[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ out = dilated.distributed.dilated_attention(
 """
 
 from ..errors import DistributedAttentionError
+from . import _compiled  # noqa: F401 - its operators
 from ._attention import dilated_attention
 from ._groups import SequenceGroups
 from ._reductions import mean_loss, sum_gradients, sum_over_ranks, unshard

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ..errors import DistributedAttentionError, InvalidProblem, message
 from ._groups import SequenceGroups
-from ._messages import HEADER_TAG, Exchange
+from ._messages import HEADER_TAG, Exchange, failure, require_usable
+
+if TYPE_CHECKING:
+    from ._plans import Call
 
 
 class Header(NamedTuple):
@@ -24,6 +27,7 @@ class Header(NamedTuple):
     options: int = 0
     shards: int = 0
     seqused: int = 0  # a hash
+    transport: int = 0  # as asked for
     seeded: int = 0  # whether dropout_seed was given
     rows: int = 0  # may differ
     seed: int = 0  # rank 0's counts where none was given
@@ -40,41 +44,50 @@ _WORDS = {
     "options": "other options",
     "shards": "other shards or cu_seqlens",
     "seqused": "another seqused",
+    "transport": "another transport",
     "seeded": "another dropout_seed",
 }
 
 
-def _exchange(groups: SequenceGroups, header: Header, operation: str) -> list[Header]:
+# An error is told to ranks that are about to listen; others find the connection closed.
+_SECONDS_TO_TELL = 2.0
+
+
+def _exchange(
+    groups: SequenceGroups, header: Header, operation: str, timeout: float | None = None
+) -> list[Header]:
     others = [rank for rank in range(groups.size) if rank != groups.rank]
     mine = torch.tensor(header, dtype=torch.int64)
     received = {rank: torch.empty_like(mine) for rank in others}
-    Exchange(groups, dict.fromkeys(others, mine), received, HEADER_TAG, operation).finish()
+    Exchange(groups, dict.fromkeys(others, mine), received, HEADER_TAG, operation, timeout).finish()
     received[groups.rank] = mine
     return [Header(*received[rank].tolist()) for rank in range(groups.size)]
 
 
-def tell_failure(groups: SequenceGroups, operation: str) -> None:
-    """Tell the others, who wait for this rank's header, that it raises an error of its own."""
+def tell_failure(groups: SequenceGroups, error: type[BaseException]) -> None:
+    """Tell the others, who wait for this rank's header or will, that it raises an error of its own.
+
+    Whoever does not listen in time finds the connection closed: Gloo closes all after a timeout.
+    """
     with contextlib.suppress(DistributedAttentionError):  # they may have failed otherwise
-        _exchange(groups, Header(failed=1, call=groups.calls), operation)
-    groups.failure = f"an error of this rank in {operation}"
+        timeout = min(groups.timeout, _SECONDS_TO_TELL)
+        _exchange(groups, Header(failed=1, call=groups.calls), "an error", timeout)
+    groups.failure = f"an error of this rank, {error.__name__}"
 
 
 def agree(groups: SequenceGroups, header: Header, operation: str) -> list[Header]:
     """The headers of all ranks, in their order.
 
     Raises:
-        InvalidProblem: they differ, or some rank failed; the same message on all ranks.
-        DistributedAttentionError: some rank did not answer.
+        InvalidProblem: they differ; the same message on all ranks.
+        DistributedAttentionError: some rank failed, or did not answer.
     """
     headers = _exchange(groups, header, operation)
     failed = [rank for rank, other in enumerate(headers) if other.failed]
     if failed:
-        groups.failure = f"an error of ranks {failed} in {operation}"
-        raise InvalidProblem(
-            message(
-                "sequence_groups", "the same call on all ranks", groups.failure, "they say which"
-            )
+        groups.failure = f"an error of ranks {failed} before {operation}"
+        raise failure(
+            groups, operation, failed, "a call of every rank", "an error", "they say which"
         )
     differences: list[str] = []
     for name, words in _WORDS.items():
@@ -95,3 +108,14 @@ def agree(groups: SequenceGroups, header: Header, operation: str) -> list[Header
             message("sequence_groups", "the same call on all ranks", groups.failure)
         )
     return headers
+
+
+def agree_on_backward(call: Call) -> None:
+    """All ranks are in the backward of this call.
+
+    Raises:
+        InvalidProblem, DistributedAttentionError: as `agree`.
+    """
+    require_usable(call.groups)
+    header = Header(0, call.number, 1, *call.plan.hashes)
+    agree(call.groups, header, f"backward of call {call.number}")

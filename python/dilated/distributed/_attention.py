@@ -1,8 +1,4 @@
-"""dilated_attention on shards: agree, exchange key rows, one call of the core.
-
-forward   pack rows -> exchange -> class rows -> one call over all branches: one process's bits
-backward  one call -> float32 gradients of class rows -> exchange -> sum in rank order -> round
-"""
+"""dilated_attention on shards: all ranks agree on a call, then its transport runs it."""
 
 from __future__ import annotations
 
@@ -18,10 +14,13 @@ from .._inputs import lengths, optional_tensors, require_tensors
 from .._options import COLUMN_SUM_PRESETS, DTYPES, Options, attention_options, flag, integers
 from .._transforms import autocast_inputs
 from ..errors import InvalidProblem, Unsupported, message
-from ._agreement import Header, agree, tell_failure
+from ._agreement import Header, agree
+from ._class_rows import ClassRowsAttention
 from ._groups import SequenceGroups
-from ._messages import ROWS_TAG, Exchange, require_usable
-from ._plans import ExchangePlan, make_exchange_plan
+from ._messages import require_usable
+from ._plans import Call, ExchangePlan, make_exchange_plan
+from ._ring import RingAttention
+from ._transports import transport_index, transport_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,128 +30,9 @@ if TYPE_CHECKING:
 _MOST_PLANS = 64
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call that all ranks agreed on."""
-
-    groups: SequenceGroups
-    number: int
-    plan: ExchangePlan
-    options: Options
-    windows: Tensor
-    seqused: Tensor | None
-    dropout_seed: Tensor | None
-
-    def by_token(self, x: Tensor) -> Tensor:
-        """(batch, rows, heads, head_dim), a view."""
-        layout = self.options.layout
-        return x.unsqueeze(0) if layout == "shd" else x.transpose(1, 2) if layout == "bhsd" else x
-
-    @property
-    def rest(self) -> tuple[Any, ...]:
-        return (self.seqused, self.windows, self.dropout_seed, *self.options)
-
-
-def _exchange_keys(call: _Call, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Class rows of keys and values, (batch, class rows, head_dim); rows nobody needs are unset."""
-    plan, rank = call.plan, call.groups.rank
-    sides = call.by_token(key), call.by_token(value)
-    batch, head_dim = sides[0].shape[0], key.shape[-1]
-
-    def packed(peer: int) -> Tensor:
-        rows = plan.sends[peer]
-        return torch.stack([side[:, rows.rows, rows.heads] for side in sides])
-
-    sends = {peer: packed(peer) for peer in plan.sends if peer != rank}
-    arrived = {
-        peer: key.new_empty(2, batch, len(rows.rows), head_dim)
-        for peer, rows in plan.receives.items()
-        if peer != rank
-    }
-    exchange = Exchange(call.groups, sends, arrived, ROWS_TAG, f"keys of call {call.number}")
-    class_rows = key.new_empty(2, batch, plan.class_rows, head_dim)
-    if rank in plan.receives:
-        class_rows[:, :, plan.receives[rank].class_rows] = packed(rank)
-    exchange.finish()
-    for peer, part in arrived.items():
-        class_rows[:, :, plan.receives[peer].class_rows] = part
-    return class_rows[0], class_rows[1]
-
-
-def _add_gradients(
-    call: _Call, dkey: Tensor, dvalue: Tensor, dclass_key: Tensor, dclass_value: Tensor
-) -> None:
-    """Send the gradients of other ranks' rows home; add those of the own rows in rank order."""
-    plan, rank = call.plan, call.groups.rank
-    dclass = torch.stack([dclass_key, dclass_value])
-
-    def part(peer: int) -> Tensor:
-        return dclass[:, :, plan.receives[peer].class_rows]
-
-    sends = {peer: part(peer) for peer in plan.receives if peer != rank}
-    shape = 2, dclass.shape[1], dclass.shape[3]
-    arrived = {
-        peer: dclass.new_empty(*shape[:2], len(rows.rows), shape[2])
-        for peer, rows in plan.sends.items()
-        if peer != rank
-    }
-    Exchange(call.groups, sends, arrived, ROWS_TAG, f"gradients of call {call.number}").finish()
-    batch = torch.arange(shape[1])[:, None]
-    for peer, rows in sorted(plan.sends.items()):
-        for side, given in zip((dkey, dvalue), part(rank) if peer == rank else arrived[peer]):
-            # Rows that several branches share occur several times; sums are in their order.
-            call.by_token(side).index_put_((batch, rows.rows, rows.heads), given, accumulate=True)
-
-
-class _ShardedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: _Call
-    ) -> tuple[Tensor, Tensor]:
-        class_rows = _exchange_keys(call, key, value)
-        out, lse, *saved = _ops.ask(
-            _ops.ops.forward_class_rows, query, key, value, *class_rows, *call.rest
-        )
-        ctx.save_for_backward(query, key, value, *class_rows, out, lse, *saved)
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        call: _Call = ctx.call
-        saved = ctx.saved_tensors
-        if not call.plan.is_local:
-            require_usable(call.groups)
-            header = Header(0, call.number, 1, *call.plan.hashes)
-            agree(call.groups, header, f"backward of call {call.number}")
-        if dout is None:
-            dout = torch.zeros_like(saved[5])
-        dquery, dkey, dvalue, *dclass = _ops.ask(
-            _ops.ops.backward_class_rows, dout, dlse, *saved, *call.rest
-        )
-        if not call.plan.is_local:
-            _add_gradients(call, dkey, dvalue, *dclass)
-        return dquery, dkey.to(saved[1].dtype), dvalue.to(saved[2].dtype), None
-
-
-_apply: Any = _ShardedAttention.apply
-
-
-def _windows(layout: str, batch: int, begin: int, rows: int, total: int, cu: list[int]) -> Tensor:
-    """(sequences, 5): length, and the positions of the shard [begin, begin + rows), twice."""
-    if layout != "shd":
-        row = [total, begin, begin + rows, begin, begin + rows]
-        return torch.tensor([row] * batch, dtype=torch.int64).reshape(batch, 5)
-    starts = torch.tensor(cu, dtype=torch.int64)
-    first, last = starts[:-1], starts[1:]
-    low = torch.full_like(first, begin).clamp(first, last) - first
-    high = torch.full_like(first, begin + rows).clamp(first, last) - first
-    return torch.stack([last - first, low, high, low, high], dim=1)
-
-
-def _plan(groups: SequenceGroups, shapes: Any, shards: Any, options: Options) -> ExchangePlan:
+def plan_of(groups: SequenceGroups, shapes: Any, shards: Any, options: Options) -> ExchangePlan:
+    """Of a call with these shapes, but for their length; cached."""
+    shapes = _with_length(shapes, sum(shards))
     key = (*shapes, None, *shards, None, *options[:3], *options.packed)
     plan = groups.plans.get(key)
     if plan is None:
@@ -164,7 +44,7 @@ def _plan(groups: SequenceGroups, shapes: Any, shards: Any, options: Options) ->
 
 
 @dataclass
-class _Given:
+class Given:
     """A checked call of this rank, before others are asked."""
 
     options: Options
@@ -173,21 +53,36 @@ class _Given:
     cu_seqlens: list[int]
     seqused: Tensor | None
     dropout_seed: Tensor | None
+    transport: str | None
     header: Header
 
-    def with_shards(self, shards: list[int]) -> tuple[int, ...]:
-        return (*self.shapes[:4], sum(shards), *self.shapes[5:])
+
+def call_shapes(
+    layout: str, query: Tensor, key: Tensor, has_seqused: bool, cu: list[int]
+) -> tuple[int, ...]:
+    """Of the whole call, without its length (bindings/torch/arguments.h)."""
+    heads_dim = {"bshd": 2, "bhsd": 1, "shd": 1}[layout]
+    batch = 1 if layout == "shd" else query.shape[0]
+    return (0, 0, DTYPES.index(query.dtype), batch, 0, query.shape[heads_dim],
+            key.shape[heads_dim], query.shape[-1], 0, int(has_seqused), *cu)  # fmt: skip
 
 
-def _check(
+def _with_length(shapes: tuple[int, ...], length: int) -> tuple[int, ...]:
+    return (*shapes[:4], length, *shapes[5:])
+
+
+def check_call(
     groups: SequenceGroups,
     tensors: tuple[Tensor, Tensor, Tensor],
     shards: Sequence[SupportsIndex] | None,
     seqused: Lengths | None,
     cu_seqlens: Lengths | None,
     dropout_seed: SupportsIndex | Tensor | None,
+    transport: str | None,
     options: Options,
-) -> _Given:
+    drawn: bool | None = None,
+) -> Given:
+    """What can be checked before other ranks are asked."""
     query, key, _ = tensors
     cpu = torch.device("cpu")
     if query.device != cpu:
@@ -196,8 +91,7 @@ def _check(
     optional, _ = optional_tensors(query, options, None, None, None, None, dropout_seed)
     _fake.check((*tensors, *optional), options)
     packed = options.layout == "shd"
-    seqlen_dim, heads_dim = {"bshd": (1, 2), "bhsd": (2, 1), "shd": (0, 1)}[options.layout]
-    rows = query.shape[seqlen_dim]
+    rows = query.shape[{"bshd": 1, "bhsd": 2, "shd": 0}[options.layout]]
     starts = lengths("cu_seqlens", cu_seqlens, cpu)
     cu = [] if starts is None else starts.tolist()
     if packed != bool(cu):
@@ -208,54 +102,53 @@ def _check(
     if given is not None and (len(given) != groups.size or given[groups.rank] != rows):
         expected = f"{groups.size} numbers of rows, {rows} of them for rank {groups.rank}"
         raise InvalidProblem(message("shards", expected, str(given)))
-    batch = 1 if packed else query.shape[0]
-    shapes = (0, 0, DTYPES.index(query.dtype), batch, 0, query.shape[heads_dim],
-              key.shape[heads_dim], query.shape[-1], 0, int(used is not None), *cu)  # fmt: skip
+    shapes = call_shapes(options.layout, query, key, used is not None, cu)
     # What can be compared before the shards are known.
     total = [cu[-1] if cu else 0] if given is None else given
-    alone = (*shapes[:4], sum(total), *shapes[5:])
-    asked = (list(alone), total, 0, *options)
+    asked = (list(_with_length(shapes, sum(total))), total, 0, *options)
     hashes = list(_ops.ask(_ops.ops.exchange_numbers, *asked)[3:])
     seed = optional.dropout_seed
     header = Header(0, groups.calls, 0, *hashes)._replace(
         seqused=0 if used is None else hash(tuple(used.tolist())),
-        seeded=int(dropout_seed is not None),
+        transport=transport_index(transport),
+        seeded=int(dropout_seed is not None and not drawn),
         rows=rows,
         seed=0 if seed is None else int(seed[0]),
         offset=0 if seed is None else int(seed[1]),
     )
-    return _Given(options, shapes, given, cu, used, seed, header)
+    return Given(options, shapes, given, cu, used, seed, transport, header)
 
 
-def _agreed_call(groups: SequenceGroups, check: Any) -> _Call:
-    """The call of all ranks. An error of one is told to the others, who wait for its header."""
+def agreed_call(groups: SequenceGroups, check: Any) -> Call:
+    """The call of all ranks."""
     require_usable(groups)
     groups.calls += 1
     operation = f"call {groups.calls}"
-    try:
-        given: _Given = check()
-        plan = None
-        if groups.size == 1:
-            given.shards = [given.header.rows]
-        if given.shards is not None:
-            plan = _plan(groups, given.with_shards(given.shards), given.shards, given.options)
-    except (ValueError, NotImplementedError, TypeError):
-        tell_failure(groups, operation)
-        raise
+    given: Given = check()
+    plan = None
+    if groups.size == 1:
+        given.shards = [given.header.rows]
+    if given.shards is not None:
+        plan = plan_of(groups, given.shapes, given.shards, given.options)
     shards, seed = given.shards, given.dropout_seed
     if plan is None or not plan.is_local or (seed is not None and groups.size > 1):
         headers = agree(groups, given.header, operation)
         shards = [header.rows for header in headers]
         if seed is not None:
             seed = torch.tensor([headers[0].seed, headers[0].offset], dtype=torch.int64)
-        plan = _plan(groups, given.with_shards(shards), shards, given.options)
+        plan = plan_of(groups, given.shapes, shards, given.options)
     assert shards is not None
-    begin = sum(shards[: groups.rank])
-    rows = shards[groups.rank]
-    windows = _windows(
-        given.options.layout, given.shapes[3], begin, rows, sum(shards), given.cu_seqlens
+    return Call(
+        groups,
+        groups.calls,
+        plan,
+        transport_of(plan, given.options, given.transport),
+        given.options,
+        given.shapes[3],
+        given.cu_seqlens,
+        given.seqused,
+        seed,
     )
-    return _Call(groups, groups.calls, plan, given.options, windows, given.seqused, seed)
 
 
 @overload
@@ -271,6 +164,7 @@ def dilated_attention(
     seqused: Lengths | None = ...,
     cu_seqlens: Lengths | None = ...,
     dropout_seed: SupportsIndex | Tensor | None = ...,
+    transport: str | None = ...,
     key_mask: Tensor | None = ...,
     row_shift: bool = ...,
     return_lse: Literal[False] = ...,
@@ -291,6 +185,7 @@ def dilated_attention(
     seqused: Lengths | None = ...,
     cu_seqlens: Lengths | None = ...,
     dropout_seed: SupportsIndex | Tensor | None = ...,
+    transport: str | None = ...,
     key_mask: Tensor | None = ...,
     row_shift: bool = ...,
     return_lse: Literal[True],
@@ -311,6 +206,7 @@ def dilated_attention(
     seqused: Lengths | None = ...,
     cu_seqlens: Lengths | None = ...,
     dropout_seed: SupportsIndex | Tensor | None = ...,
+    transport: str | None = ...,
     key_mask: Tensor | None = ...,
     row_shift: bool = ...,
     return_lse: bool,
@@ -330,6 +226,7 @@ def dilated_attention(
     seqused: Lengths | None = None,
     cu_seqlens: Lengths | None = None,
     dropout_seed: SupportsIndex | Tensor | None = None,
+    transport: str | None = None,
     key_mask: Tensor | None = None,
     row_shift: bool = False,
     return_lse: bool = False,
@@ -356,6 +253,9 @@ def dilated_attention(
         cu_seqlens: Starts of the packed sequences and their end, of all ranks together.
         dropout_seed: As in :func:`dilated.dilated_attention`, the same on all ranks. None: the
             first rank draws it.
+        transport: How rows travel, the same on all ranks: "local", "halo", "all_to_all",
+            "all_gather" or "ring". None: the first of the first three that can. "ring" holds rows
+            of one rank at a time and sums in another order: its bits are not those of one process.
         key_mask: Must be None: it would have to hold the keys of other ranks.
         row_shift: Must be False.
         return_lse: Also return the log-sum-exp L.
@@ -368,9 +268,10 @@ def dilated_attention(
     Raises:
         InvalidProblem: an argument breaks a rule, or ranks make different calls: then on all ranks,
             before any tensor travels.
-        Unsupported: no back end can run this, a key_mask or row_shift is given, or tensors are not
-            on the CPU.
-        DistributedAttentionError: a rank did not answer within the timeout of ``sequence_groups``.
+        Unsupported: no back end or not this transport can run this, a key_mask or row_shift is
+            given, or tensors are not on the CPU.
+        DistributedAttentionError: a rank raised an error of its own, or did not answer within the
+            timeout of ``sequence_groups``.
 
     Example:
         >>> import torch, torch.distributed as dist, dilated.distributed
@@ -384,11 +285,11 @@ def dilated_attention(
         torch.Size([1, 100, 8, 16])
         >>> dist.destroy_process_group()
     """
-    require_tensors(query, key, value)
     inputs = query, key, value
 
-    def check() -> _Given:
+    def read_options() -> Options:
         nonlocal inputs
+        require_tensors(query, key, value)
         if key_mask is not None:
             hint = "seqused and cu_seqlens say which positions there are"
             raise Unsupported(message("key_mask", "none over ranks", "a mask", hint))
@@ -402,9 +303,26 @@ def dilated_attention(
             none = _ops.OptionalTensors()
             cast = autocast_inputs(query.device.type, (query, key, value, *none, *checked))
             inputs = cast[0], cast[1], cast[2]
-        return _check(sequence_groups, inputs, shards, seqused, cu_seqlens, dropout_seed, checked)
+        return checked
 
-    wants_lse = flag("return_lse", return_lse)
-    call = _agreed_call(sequence_groups, check)
-    out, lse = _apply(*inputs, call)
+    if torch.compiler.is_compiling():
+        from ._compiled import compiled_attention
+
+        checked = read_options()
+        out, lse = compiled_attention(
+            sequence_groups, inputs, shards, seqused, cu_seqlens, dropout_seed, transport, checked
+        )
+        return (out, lse) if flag("return_lse", return_lse) else out
+
+    def check() -> Given:
+        checked = read_options()
+        return check_call(
+            sequence_groups, inputs, shards, seqused, cu_seqlens, dropout_seed, transport, checked
+        )
+
+    with sequence_groups:
+        wants_lse = flag("return_lse", return_lse)
+        call = agreed_call(sequence_groups, check)
+        function: Any = RingAttention if call.transport == "ring" else ClassRowsAttention
+        out, lse = function.apply(*inputs, call)
     return (out, lse) if wants_lse else out

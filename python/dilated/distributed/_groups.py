@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import _StopRecomputationError
 
 from .._options import integer, integers, number
 from ..errors import InvalidProblem, message
@@ -20,11 +23,28 @@ if TYPE_CHECKING:
 _OP = "SequenceGroups"
 
 
+_numbers = itertools.count()
+_named: weakref.WeakValueDictionary[str, SequenceGroups] = weakref.WeakValueDictionary()
+
+
+def groups_named(name: str) -> SequenceGroups:
+    """The groups of a compiled graph, which must still exist.
+
+    Raises:
+        InvalidProblem: they do not.
+    """
+    groups = _named.get(name)
+    if groups is None:
+        raise InvalidProblem(message("sequence_groups", "groups that exist", name, op=_OP))
+    return groups
+
+
 class SequenceGroups:
     """Ranks that hold contiguous shards of every sequence, in the order of their numbers.
 
     Made once and given to every call. It uses the communicator that the user made, creates none,
-    and its constructor does not communicate.
+    and its constructor does not communicate. As a context manager it tells the other ranks of an
+    exception that leaves the block.
 
     Args:
         group: The process group of these ranks, or a DeviceMesh of one dimension. None: all ranks.
@@ -65,6 +85,9 @@ class SequenceGroups:
             raise InvalidProblem(message("timeout", "seconds > 0", str(timeout), op=_OP))
         self.rank = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
+        #: What compiled graphs call these groups by, in this process.
+        self.name = f"{self.group.group_name}/{next(_numbers)}"
+        _named[self.name] = self
         #: Calls so far: ranks that lose step are told apart by it.
         self.calls = 0
         #: Why no call is possible any more.
@@ -74,6 +97,25 @@ class SequenceGroups:
 
     def __repr__(self) -> str:
         return f"SequenceGroups(rank={self.rank}, size={self.size}, timeout={self.timeout})"
+
+    def __enter__(self) -> SequenceGroups:
+        """Errors in the block reach the other ranks.
+
+        An exception that leaves the block, whatever raised it, is an error on every rank that is in
+        a call with these groups, or makes its next one: :class:`DistributedAttentionError`. Calls
+        and modules do so themselves; put a training step in a block, for its losses and data.
+        """
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        from ._agreement import tell_failure
+        from ._messages import has_messages
+
+        if error is None or issubclass(error, _StopRecomputationError):
+            return  # activation checkpointing ends so where it has recomputed enough
+        told = self.failure is not None  # by an inner block, or by the others
+        if not told and self.size > 1 and has_messages(self):
+            tell_failure(self, error)
 
     def shards(self, seqlen: SupportsIndex) -> list[int]:
         """Rows of every rank if `seqlen` rows are spread evenly: the first ranks hold one more."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -16,9 +16,15 @@ from ._groups import SequenceGroups
 # Ours among the tags of the group; forward and backward exchange headers first.
 HEADER_TAG = 0x64696C
 ROWS_TAG = HEADER_TAG + 1
+GRADIENTS_TAG = HEADER_TAG + 2
 
 # After one rank failed, what the others have long sent must be there.
 _GRACE = datetime.timedelta(milliseconds=50)
+
+
+def has_messages(groups: SequenceGroups) -> bool:
+    """Whether the group has point-to-point messages with tags and a timeout each."""
+    return "gloo" in dist.get_backend(groups.group)
 
 
 def require_usable(groups: SequenceGroups) -> None:
@@ -29,10 +35,27 @@ def require_usable(groups: SequenceGroups) -> None:
             "call",
             (),
         )
-    backend = dist.get_backend(groups.group)
-    if "gloo" not in backend:
+    if not has_messages(groups):
         expected = "a Gloo group, with tensors on the CPU"
+        backend = dist.get_backend(groups.group)
         raise Unsupported(message("sequence_groups", expected, backend))
+
+
+def failure(
+    groups: SequenceGroups,
+    operation: str,
+    ranks: Sequence[int],
+    expected: str,
+    got: str,
+    hint: str,
+) -> DistributedAttentionError:
+    """The error of a rank that the others left alone."""
+    text = (
+        f"dilated_attention: {operation} over {groups.size} ranks: expected {expected}, got {got} "
+        f"from ranks {list(ranks)} of group {groups.group.group_name!r} (this is rank "
+        f"{groups.rank}; {hint})"
+    )
+    return DistributedAttentionError(text, operation, tuple(ranks))
 
 
 class Exchange:
@@ -45,10 +68,12 @@ class Exchange:
         receives: Mapping[int, Tensor],
         tag: int,
         operation: str,
+        timeout: float | None = None,
     ) -> None:
         self._groups = groups
         self._operation = operation
-        self._deadline = time.monotonic() + groups.timeout
+        self._timeout = groups.timeout if timeout is None else timeout
+        self._deadline = time.monotonic() + self._timeout
         self._tensors = (sends, receives)  # alive until waited for
         self._works: list[tuple[int, dist.Work]] = []
         # Receives first: what does not arrive says more than what is not fetched.
@@ -96,10 +121,6 @@ class Exchange:
 
     def _fail(self, ranks: list[int], error: RuntimeError) -> None:
         named = tuple(sorted(set(ranks)))
-        text = (
-            f"dilated_attention: {self._operation} over {self._groups.size} ranks: expected an "
-            f"answer within {self._groups.timeout:g} s, got none from ranks {list(named)} of the "
-            f"group (this is rank {self._groups.rank}; {error})"
-        )
         self._groups.failure = f"{self._operation}, ranks {list(named)}"
-        raise DistributedAttentionError(text, self._operation, named) from error
+        expected = f"an answer within {self._timeout:g} s"
+        raise failure(self._groups, self._operation, named, expected, "none", str(error)) from error

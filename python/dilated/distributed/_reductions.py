@@ -12,10 +12,11 @@ from typing import SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .._options import integer, integers
 from ..errors import InvalidProblem, Unsupported, message
-from ._agreement import Header, agree, tell_failure
+from ._agreement import Header, agree
 from ._groups import SequenceGroups
 from ._messages import ROWS_TAG, Exchange, require_usable
 
@@ -28,15 +29,12 @@ def _fingerprint(*parts: object) -> int:
     return zlib.crc32(repr(parts).encode())
 
 
-def _checked(groups: SequenceGroups, operation: str, check: Callable[[], _T]) -> _T:
-    """An error of this rank's arguments is told to the others, who wait for its header."""
-    require_usable(groups)
-    groups.calls += 1
-    try:
+def _checked(groups: SequenceGroups, check: Callable[[], _T]) -> _T:
+    """The next call of these groups; errors of its arguments reach the others."""
+    with groups:
+        require_usable(groups)
+        groups.calls += 1
         return check()
-    except (ValueError, NotImplementedError, TypeError):
-        tell_failure(groups, operation)
-        raise
 
 
 def _require_cpu(op: str, name: str, tensor: Tensor) -> None:
@@ -66,7 +64,8 @@ def unshard(
         InvalidProblem: shard records a gradient, shards do not fit, or ranks make different calls:
             then on all ranks.
         Unsupported: shard is not on the CPU.
-        DistributedAttentionError: a rank did not answer within the timeout of ``sequence_groups``.
+        DistributedAttentionError: a rank raised an error of its own, or did not answer within the
+            timeout of ``sequence_groups``.
 
     Example:
         >>> import torch, torch.distributed as dist, dilated.distributed
@@ -99,7 +98,7 @@ def unshard(
         return at, Header(0, groups.calls, _UNSHARD, shapes, shards=_fingerprint(given), rows=rows)
 
     operation = f"unshard, call {groups.calls + 1}"
-    at, header = _checked(groups, operation, check)
+    at, header = _checked(groups, check)
     rows = [other.rows for other in agree(groups, header, operation)]
     mine = shard.detach().movedim(at, 0).contiguous()
     parts = [mine.new_empty(n, *mine.shape[1:]) for n in rows]
@@ -131,6 +130,12 @@ def _sum(groups: SequenceGroups, flat: Tensor, operation: str) -> Tensor:
     return torch.cat(parts)
 
 
+def _local(x: Tensor) -> Tensor:
+    """This rank's part of what FSDP shards, everything of other tensors."""
+    local: Tensor = x.to_local() if isinstance(x, DTensor) else x
+    return local.detach()
+
+
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -149,7 +154,8 @@ def sum_over_ranks(tensor: Tensor, *, sequence_groups: SequenceGroups) -> Tensor
     Raises:
         InvalidProblem: ranks make different calls: on all ranks.
         Unsupported: tensor is not on the CPU.
-        DistributedAttentionError: a rank did not answer within the timeout of ``sequence_groups``.
+        DistributedAttentionError: a rank raised an error of its own, or did not answer within the
+            timeout of ``sequence_groups``.
 
     Example:
         >>> import torch, torch.distributed as dist, dilated.distributed
@@ -167,7 +173,7 @@ def sum_over_ranks(tensor: Tensor, *, sequence_groups: SequenceGroups) -> Tensor
         flat = tensor.detach().flatten()
         return flat.to(_accumulator(tensor.dtype)) if tensor.is_floating_point() else flat
 
-    flat = _checked(groups, operation, check)
+    flat = _checked(groups, check)
     return _sum(groups, flat, operation).to(tensor.dtype).reshape(tensor.shape)
 
 
@@ -188,7 +194,8 @@ def mean_loss(total: Tensor, count: SupportsIndex, *, sequence_groups: SequenceG
     Raises:
         InvalidProblem: count is negative, no rank has a token, or ranks make different calls: then
             on all ranks.
-        DistributedAttentionError: a rank did not answer within the timeout of ``sequence_groups``.
+        DistributedAttentionError: a rank raised an error of its own, or did not answer within the
+            timeout of ``sequence_groups``.
 
     Example:
         >>> import torch, torch.distributed as dist, dilated.distributed
@@ -208,7 +215,7 @@ def mean_loss(total: Tensor, count: SupportsIndex, *, sequence_groups: SequenceG
             raise InvalidProblem(message("count", "0 <= count", str(tokens), op="mean_loss"))
         return torch.tensor([tokens])
 
-    tokens = int(_sum(groups, _checked(groups, operation, check), operation))
+    tokens = int(_sum(groups, _checked(groups, check), operation))
     if tokens == 0:
         raise InvalidProblem(message("count", "a token on some rank", "none", op="mean_loss"))
     return total / tokens
@@ -218,14 +225,16 @@ def sum_gradients(parameters: Iterable[Tensor], *, sequence_groups: SequenceGrou
     """Replace the gradients of replicated parameters by their sums over the ranks.
 
     Args:
-        parameters: The same on all ranks, in one order. A gradient that is None counts as zeros,
+        parameters: The same on all ranks, in one order; FSDP's have this rank's part summed, with
+            those of ranks that hold the same part. A gradient that is None counts as zeros,
             and stays None if all ranks have none.
         sequence_groups: The ranks.
 
     Raises:
         InvalidProblem: parameters differ between ranks: on all ranks.
         Unsupported: a parameter is not on the CPU.
-        DistributedAttentionError: a rank did not answer within the timeout of ``sequence_groups``.
+        DistributedAttentionError: a rank raised an error of its own, or did not answer within the
+            timeout of ``sequence_groups``.
 
     Example:
         >>> import torch, torch.distributed as dist, dilated.distributed
@@ -247,14 +256,20 @@ def sum_gradients(parameters: Iterable[Tensor], *, sequence_groups: SequenceGrou
             _require_cpu("sum_gradients", "parameters", parameter)
         wide = any(parameter.dtype == torch.float64 for parameter in trained)
         dtype = torch.float64 if wide else torch.float32
-        given = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in trained]
+        given = [
+            torch.zeros(_local(p).numel()) if p.grad is None else _local(p.grad).flatten()
+            for p in trained
+        ]
         present = torch.tensor([float(p.grad is not None) for p in trained], dtype=dtype)
         return trained, torch.cat([present, *(gradient.to(dtype) for gradient in given)])
 
-    trained, flat = _checked(groups, operation, check)
+    trained, flat = _checked(groups, check)
     present, *sums = _sum(groups, flat, operation).split(
-        [len(trained), *(parameter.numel() for parameter in trained)]
+        [len(trained), *(_local(parameter).numel() for parameter in trained)]
     )
     for parameter, given, gradient in zip(trained, present.tolist(), sums):
         if given:
-            parameter.grad = gradient.to(parameter.dtype).reshape(parameter.shape)
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            here = _local(parameter.grad)
+            here.copy_(gradient.reshape(here.shape))

@@ -18,6 +18,7 @@ from torch.nn import functional
 from dilated._inputs import lengths, require_parameter_dtype
 from dilated._options import COLUMN_SUM_PRESETS, OPTION_DEFAULTS
 from dilated._plan import plan
+from dilated._ranks import telling_ranks
 from dilated.errors import InvalidProblem, Unsupported, message
 from dilated.functional import dilated_attention
 from dilated.models.sequences import sequence_of_row
@@ -264,6 +265,7 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.drop_path = DropPath(drop_path)
 
+    @telling_ranks
     def forward(
         self,
         x: Tensor,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dilated._inputs import require_parameter_dtype
+from dilated._ranks import telling_ranks
 from dilated.errors import InvalidProblem, Unsupported, message
 from dilated.models.layers import EncoderLayer, check_layer
 from dilated.models.sequences import Rows, rows_of
@@ -141,6 +142,7 @@ class LongNet(nn.Module):
                 nn.init.xavier_normal_(module.weight, gain=gamma if subln else 1.0)
                 nn.init.zeros_(module.bias)
 
+    @telling_ranks
     def forward(
         self,
         x: Tensor,
@@ -289,6 +291,7 @@ class LongNetLM(LongNet):
         for weight in (self.embed_tokens.weight, self.output_projection.weight):
             nn.init.normal_(weight, std=self.embed_dim**-0.5)
 
+    @telling_ranks
     def features(
         self,
         tokens: Tensor,
