@@ -94,32 +94,29 @@ def grouped(make: Callable[[Configuration], Attention]) -> Callable[[Configurati
 _KERNELS = {"cuDNN": CUDNN, "flash": FLASH}
 
 
-def _on_gpu(name: str, mixed: bool = False) -> Callable[[Configuration], Attention]:
-    return grouped(
-        lambda config: strided(
-            config, max_elements=_UNCUT, kernel=_KERNELS[name], compiled_mix=mixed
-        )
-    )
+def _strided_on(name: str) -> Callable[[Configuration], Attention]:
+    return grouped(lambda config: strided(config, max_elements=_UNCUT, kernel=_KERNELS[name]))
 
 
-CUDA_COMPOSITIONS = (
-    *(Method(f"strided, {name}", _on_gpu(name)) for name in _KERNELS),
-    Method("gather, cuDNN", grouped(lambda config: gather(config, CUDNN))),
+def _gather_on_gpu(config: Configuration) -> Attention:
+    return grouped(lambda part: gather(part, CUDNN))(config)
+
+
+CUDA_COMPOSITIONS: tuple[Method, ...] = (
+    *(Method(f"strided, {name}", _strided_on(name)) for name in _KERNELS),
+    Method("gather, cuDNN", _gather_on_gpu),
 )
-# The mix is compiled by its first call.
-CUDA_COMPILED_COMPOSITIONS = (
-    *(Method(f"strided, {name}, mix compiled", _on_gpu(name, mixed=True)) for name in _KERNELS),
-    Method("gather, cuDNN", _compiled(grouped(lambda config: gather(config, CUDNN))), True),
+CUDA_COMPILED_COMPOSITIONS: tuple[Method, ...] = (
+    Method("gather, cuDNN", _compiled(_gather_on_gpu), True),
 )
 
 
 def methods(compiled: bool, device: str = "cpu") -> list[Method]:
     """Ours first, then every composition."""
     if device == "cuda":
-        eager, late = CUDA_COMPOSITIONS, CUDA_COMPILED_COMPOSITIONS
-    else:
-        eager, late = COMPOSITIONS, COMPILED_COMPOSITIONS
-    return [Method(OURS, _ours), *eager, *(late if compiled else ())]
+        of_gpu = CUDA_COMPILED_COMPOSITIONS if compiled else ()
+        return [Method(OURS, _ours), *CUDA_COMPOSITIONS, *of_gpu]
+    return [Method(OURS, _ours), *COMPOSITIONS, *(COMPILED_COMPOSITIONS if compiled else ())]
 
 
 def dense(is_causal: bool, backend: SDPBackend | None = None) -> Attention:

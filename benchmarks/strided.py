@@ -9,9 +9,8 @@ backward, per piece, with the *global* O and L; the detached one takes O_b, l_b,
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,20 +136,6 @@ def _mix(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     lse.copy_(total)
 
 
-@functools.cache
-def _compiled_mix() -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
-    """`_mix` as one kernel, for rows of any number and stride."""
-
-    def mix(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-        total = torch.logaddexp(lse, part_lse)
-        older, newer = (lse - total).exp(), (part_lse - total).exp()
-        out.copy_(out * older.unsqueeze(-1) + part * newer.unsqueeze(-1))
-        lse.copy_(total)
-
-    torch._dynamo.config.recompile_limit = 64  # extents and strides of 1 are kinds of their own
-    return torch.compile(mix, dynamic=True)
-
-
 @dataclass(frozen=True)
 class _Way:
     """How a composition computes a configuration."""
@@ -159,7 +144,6 @@ class _Way:
     cut: tuple[Piece, ...]
     packed: bool
     kernel: Kernel
-    mix: Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 class _Strided(torch.autograd.Function):
@@ -186,7 +170,7 @@ class _Strided(torch.autograd.Function):
                     out_rows.copy_(one)
                     lse_rows.copy_(one_lse)
                     continue
-                way.mix(out_rows, lse_rows, one, one_lse)
+                _mix(out_rows, lse_rows, one, one_lse)
         ctx.save_for_backward(query, key, value, out, lse, *partials)
         ctx.way = way
         return out
@@ -223,7 +207,6 @@ def strided(
     packed: bool = False,
     max_elements: int = _MAX_ELEMENTS,
     kernel: Kernel = HOST,
-    compiled_mix: bool = False,
 ) -> Attention:
     """Composition (a): strided views into the kernel, or (`packed`) copies of cache-sized pieces.
 
@@ -232,14 +215,13 @@ def strided(
         packed: Copy the rows of a piece.
         max_elements: Of q in one kernel call.
         kernel: Runs the pieces.
-        compiled_mix: torch.compile the merge of pieces, and only that.
 
     Returns:
         A function of query, key, value (batch, seqlen, num_heads, head_dim), with the
         configuration's gradient.
     """
     cut = tuple(pieces(config, max_elements))
-    way = _Way(config, cut, packed, kernel, _compiled_mix() if compiled_mix else _mix)
+    way = _Way(config, cut, packed, kernel)
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
