@@ -83,7 +83,10 @@ test: ## Everything: lint, C++ tests, sanitizers, clang, Arm, example, snippets,
 	@$(MAKE) test-oldest-torch
 	@$(MAKE) test-python
 
-.PHONY: bench
+.PHONY: bench bench-gpu
+bench-gpu: $(EXAMPLES) ## The same on one NVIDIA GPU, in bfloat16: rates beside dense kernels; JSON and a picture
+	.venv/bin/python benchmarks/run.py --device cuda --picture build/bench-gpu.png
+
 bench: $(EXAMPLES) ## Time the operator against the best PyTorch compositions; JSON in benchmarks/results
 	.venv/bin/python benchmarks/run.py
 

@@ -33,6 +33,8 @@ class Configuration:
     dilations: tuple[int, ...]
     is_causal: bool = False
     preset: str = "longnet"
+    num_kv_heads: int | None = None  # default: num_heads
+    dtype: str = "float32"
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `dilated.dilated_attention`."""
@@ -67,7 +69,13 @@ class Configuration:
         """Useful floating-point operations of one forward pass, by the core's pair counts."""
         import dilated
 
-        plan = dilated.plan(self.seqlen, self.num_heads, head_dim=self.head_dim, **self.options())
+        plan = dilated.plan(
+            self.seqlen,
+            self.num_heads,
+            num_kv_heads=self.num_kv_heads or self.num_heads,
+            head_dim=self.head_dim,
+            **self.options(),
+        )
         counts = plan.pair_counts
         return FORWARD_FLOPS_PER_PAIR_AND_DIM * self.head_dim * sum(counts)
 
@@ -89,6 +97,25 @@ ROWS = {
     "paper-d128-causal": Configuration(32768, 12, 128, is_causal=True, **_PAPER),
     "gigapath-d48": Configuration(10001, 16, 48, **_GIGAPATH),
     "gigapath-d24": Configuration(10001, 16, 24, **_GIGAPATH),
+}
+
+_GPU: dict[str, Any] = {"dtype": "bfloat16"}
+_GEOMETRIC: dict[str, Any] = {"segments": _PAPER["segments"], "dilations": (1, 2, 4, 8, 16)}
+_SLIDE: dict[str, Any] = {"segments": (1024, 5792, 32768, 65536), "dilations": (1, 2, 4, 8)}
+
+# One GPU: `--device cuda`.
+GPU_ROWS = {
+    "P64": Configuration(131072, 12, 64, is_causal=True, **_PAPER, **_GPU),
+    "P64-8k": Configuration(8192, 12, 64, is_causal=True, **_PAPER, **_GPU),
+    "P64-1M": Configuration(1048576, 12, 64, is_causal=True, **_PAPER, **_GPU),
+    "G128c": Configuration(131072, 16, 128, is_causal=True, **_GEOMETRIC, **_GPU),
+    "G128f": Configuration(131072, 16, 128, **_GEOMETRIC, **_GPU),
+    "GQA": Configuration(131072, 16, 128, is_causal=True, num_kv_heads=4, **_GEOMETRIC, **_GPU),
+    "M64": Configuration(
+        1048576, 16, 64, (2048, 8192, 32768, 131072, 524288), (1, 4, 16, 16, 16), **_GPU
+    ),
+    "S48": Configuration(65536, 16, 48, **_SLIDE, **_GPU),
+    "L24": Configuration(65536, 16, 24, **_SLIDE, **_GPU),
 }
 
 # The same kinds of problem, small: for checking the tool, not for conclusions.

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configurations import Attention, Configuration
-from strided import flash, flash_backward
+from kernels import HOST, Kernel
 
 
 class _Branch:
@@ -84,13 +84,13 @@ class _Branch:
 
 
 def _forward(
-    branches: list[_Branch], query: Tensor, key: Tensor, value: Tensor
+    branches: list[_Branch], kernel: Kernel, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
     outs, lses = [], []
     for branch in branches:
         q, k, v = (branch.gather(x) for x in (query, key, value))
         bias = branch.key_bias(query)
-        out, lse = flash(q, k, v, 0.0, branch.config.is_causal, attn_mask=bias)
+        out, lse = kernel.forward(q, k, v, branch.config.is_causal, bias)
         outs.append(branch.scatter(out, 0.0))
         with torch.no_grad():
             lses.append(branch.scatter(lse, -math.inf))
@@ -101,17 +101,17 @@ def _forward(
     merged = outs[0] * shares[0].unsqueeze(-1)
     for part, share in zip(outs[1:], shares[1:], strict=True):
         merged = torch.addcmul(merged, part, share.unsqueeze(-1))
-    return merged, total
+    return merged.to(query.dtype), total
 
 
 class _ExactGather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, config: Configuration
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, config: Configuration, kernel: Kernel
     ) -> Tensor:
-        out, lse = _forward(_branches(config), query, key, value)
+        out, lse = _forward(_branches(config), kernel, query, key, value)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.config = config
+        ctx.config, ctx.kernel = config, kernel
         return out
 
     @staticmethod
@@ -121,26 +121,26 @@ class _ExactGather(torch.autograd.Function):
         for branch in _branches(ctx.config):
             q, k, v, g, o = (branch.gather(x) for x in (query, key, value, grad, out))
             bias = branch.key_bias(query)
-            grads = flash_backward(
-                g, q, k, v, o, branch.gather(lse), 0.0, branch.config.is_causal, attn_mask=bias
+            grads = ctx.kernel.backward(
+                g, (q, k, v), o, branch.gather(lse), branch.config.is_causal, bias
             )
             parts = [branch.scatter(x, 0.0) for x in grads]
             total = [a.add_(b) for a, b in zip(total, parts, strict=True)] if total else parts
-        return *total, None
+        return *total, None, None
 
 
 def _branches(config: Configuration) -> list[_Branch]:
     return [_Branch(config, segment, dilation) for segment, dilation in config.branches]
 
 
-def gather(config: Configuration) -> Attention:
-    """Composition (b) for one configuration.
+def gather(config: Configuration, kernel: Kernel = HOST) -> Attention:
+    """Composition (b) for one configuration, on a dense kernel.
 
     Returns:
         A function of query, key, value (batch, seqlen, num_heads, head_dim), with the
         configuration's gradient.
     """
     if not config.torchscale:
-        return cast(Attention, lambda q, k, v: _ExactGather.apply(q, k, v, config))  # type: ignore[no-untyped-call]
+        return cast(Attention, lambda q, k, v: _ExactGather.apply(q, k, v, config, kernel))  # type: ignore[no-untyped-call]
     branches = _branches(config)
-    return lambda query, key, value: _forward(branches, query, key, value)[0]
+    return lambda query, key, value: _forward(branches, kernel, query, key, value)[0]

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import subprocess
+from pathlib import Path
 
 import cpuinfo
 import psutil
 import torch
 
 import dilated
+
+
+def describe_commit() -> str:
+    """Of the repository that this file lies in; else "unknown"."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("DILATED_COMMIT", "unknown")
+    return found.strip()
 
 
 def describe_machine() -> dict[str, str]:

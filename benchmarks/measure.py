@@ -96,8 +96,34 @@ def seconds_of(call: Call) -> float:
     return seconds
 
 
-def forward_call(attention: Attention, inputs: tuple[Tensor, ...]) -> Call:
-    """One inference forward of (query, key, value, ...)."""
+class Watch:
+    """Times calls by the wall clock: `after_lap` holds seconds since the last call's `lap`."""
+
+    def __init__(self) -> None:
+        self.after_lap: float | None = None
+        self._lap: float | None = None
+
+    def lap(self) -> None:
+        """What a call does from here on counts as its second part too."""
+        self._lap = time.perf_counter()
+
+    def seconds_of(self, call: Call) -> float:
+        """`seconds_of` this module."""
+        self._lap = None
+        began = time.perf_counter()
+        seconds = seconds_of(call)
+        self.after_lap = None if self._lap is None else began + seconds - self._lap
+        return seconds
+
+    def peak_extra_bytes(self, call: Call) -> tuple[tuple[Tensor, ...], int | None, float]:
+        """`peak_extra_bytes` of this module."""
+        return peak_extra_bytes(call)
+
+
+def forward_call(
+    attention: Attention, inputs: tuple[Tensor, ...], lap: Callable[[], None] = lambda: None
+) -> Call:
+    """One inference forward of (query, key, value, ...); it has no lap."""
     query, key, value = (x.detach() for x in inputs[:3])
 
     def call() -> tuple[Tensor, ...]:
@@ -107,13 +133,19 @@ def forward_call(attention: Attention, inputs: tuple[Tensor, ...]) -> Call:
     return call
 
 
-def forward_backward_call(attention: Attention, inputs: tuple[Tensor, ...]) -> Call:
-    """One training step's worth of (query, key, value, grad): (out, dquery, dkey, dvalue)."""
+def forward_backward_call(
+    attention: Attention, inputs: tuple[Tensor, ...], lap: Callable[[], None] = lambda: None
+) -> Call:
+    """One training step's worth of (query, key, value, grad): (out, dquery, dkey, dvalue).
+
+    `lap` is called between forward and backward.
+    """
     query, key, value = (x.detach().requires_grad_() for x in inputs[:3])
 
     def call() -> tuple[Tensor, ...]:
         with torch.enable_grad():
             out = attention(query, key, value)
+            lap()
             grads = torch.autograd.grad(out, (query, key, value), inputs[3])
         return (out.detach(), *grads)
 
@@ -123,11 +155,24 @@ def forward_backward_call(attention: Attention, inputs: tuple[Tensor, ...]) -> C
 CALLS = {"forward": forward_call, "forward_backward": forward_backward_call}
 
 
-def make_inputs(seqlen: int, num_heads: int, head_dim: int, seed: int = 0) -> tuple[Tensor, ...]:
-    """Normal float32 query, key, value, output gradient: (1, seqlen, num_heads, head_dim)."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (1, seqlen, num_heads, head_dim)
-    return tuple(torch.randn(shape, generator=generator) for _ in range(4))
+def make_inputs(
+    seqlen: int,
+    num_heads: int,
+    head_dim: int,
+    seed: int = 0,
+    *,
+    batch: int = 1,
+    num_kv_heads: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> tuple[Tensor, ...]:
+    """Normal query, key, value, output gradient: (batch, seqlen, heads, head_dim)."""
+    generator = torch.Generator(device).manual_seed(seed)
+    heads = num_heads, num_kv_heads or num_heads, num_kv_heads or num_heads, num_heads
+    return tuple(
+        torch.randn((batch, seqlen, h, head_dim), generator=generator, dtype=dtype, device=device)
+        for h in heads
+    )
 
 
 def summary(seconds: list[float]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """The benchmark: ours against the best compositions of torch's kernels, dense attention, torch.mm.
 
     python benchmarks/run.py --quick
-Measured in one process, on the same threads, interleaved; `measure` says what the numbers mean.
+    python benchmarks/run.py --device cuda
+Measured in one process, on the same threads or GPU, interleaved; `measure` and `measure_cuda` say
+what the numbers mean.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from configurations import QUICK_ROWS, ROWS
-from machine import describe_machine
+import measure_cuda
+from configurations import GPU_ROWS, QUICK_ROWS, ROWS
+from machine import describe_commit, describe_machine
 from runner import run_row
-from tables import markdown
+from tables import markdown, picture
 
 _RESULTS = Path(__file__).parent / "results"
 
@@ -34,8 +37,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help="small rows, eager only: under a minute"
     )
-    parser.add_argument("--rows", help=f"comma-separated: {', '.join([*ROWS, *QUICK_ROWS])}")
-    parser.add_argument("--repeats", type=int, default=5, help="interleaved timings (default: 5)")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where to run (default: cpu); cuda has rows of its own, in bfloat16",
+    )
+    parser.add_argument(
+        "--rows",
+        help=f"comma-separated: {', '.join([*ROWS, *QUICK_ROWS])}; cuda: {', '.join(GPU_ROWS)}",
+    )
+    parser.add_argument("--repeats", type=int, help="interleaved timings (default: 5, on cuda 15)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--no-compile", action="store_true", help="no torch.compile columns")
     parser.add_argument(
@@ -53,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="print this result file as Markdown, run nothing",
+    )
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="also draw rates on a GPU (needs matplotlib)"
     )
     return parser
 
@@ -78,21 +93,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.markdown:
         try:
-            print(markdown(json.loads(options.markdown.read_text())))
+            stored = json.loads(options.markdown.read_text())
+            print(markdown(stored))
+            if options.picture:
+                picture(stored, options.picture)
         except (OSError, ValueError, KeyError) as error:
             parser.error(f"--markdown: expected a result file, got {options.markdown} ({error})")
         return 0
-    if options.repeats < 1:
-        parser.error(f"--repeats: expected at least 1, got {options.repeats}")
+    on_gpu = options.device == "cuda"
+    repeats = options.repeats if options.repeats is not None else 15 if on_gpu else 5
+    if repeats < 1:
+        parser.error(f"--repeats: expected at least 1, got {repeats}")
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads: expected at least 1, got {options.threads}")
-    known = ROWS | QUICK_ROWS
-    names = options.rows.split(",") if options.rows else list(QUICK_ROWS if options.quick else ROWS)
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--device: expected a CUDA device and a PyTorch that sees it, got none")
+    if options.quick and on_gpu:
+        parser.error("--quick: expected --device cpu, its rows are of the CPU; got cuda")
+    known = GPU_ROWS if on_gpu else ROWS | QUICK_ROWS
+    default = QUICK_ROWS if options.quick else GPU_ROWS if on_gpu else ROWS
+    names = options.rows.split(",") if options.rows else list(default)
     unknown = [name for name in names if name not in known]
     if unknown:
         parser.error(f"--rows: expected some of {', '.join(known)}, got {', '.join(unknown)}")
     started = datetime.datetime.now(datetime.timezone.utc)
-    kind = "quick" if options.quick else "bench"
+    kind = "quick" if options.quick else "gpu" if on_gpu else "bench"
     output = options.output or _RESULTS / f"{kind}-{started:%Y%m%d-%H%M%S}.json"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -106,8 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "command": shlex.join(["python", "benchmarks/run.py", *arguments]),
         "started": f"{started:%Y-%m-%d %H:%M} UTC",
         "threads": torch.get_num_threads(),
-        "repeats": options.repeats,
-        "machine": describe_machine(),
+        "repeats": repeats,
+        "commit": describe_commit(),
+        "machine": describe_machine() | (measure_cuda.describe_device() if on_gpu else {}),
         "rows": [],
     }
     interrupted = False
@@ -118,12 +144,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                     run_row(
                         name,
                         known[name],
-                        repeats=options.repeats,
+                        repeats=repeats,
                         compiled=not (options.no_compile or options.quick),
                         compile_budget=options.compile_budget,
                         progress=rows.set_description_str,
+                        device=options.device,
                     )
                 )
+                if on_gpu:
+                    result["rows"][-1]["clocks after"] = measure_cuda.clocks()
                 _write(output, result)
     except KeyboardInterrupt:
         interrupted = True
@@ -131,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(previous_threads)
     _write(output, result)
     print(markdown(result))
+    if options.picture:
+        picture(result, options.picture)
     print(f"{'interrupted; ' if interrupted else ''}written to {output}")
     return 1 if interrupted else 0
 

@@ -1,4 +1,4 @@
-"""Composition (a): strided views of branches and residues through torch's flash kernel, merged.
+"""Composition (a): strided views of branches and residues through torch's dense kernel, merged.
 
 A baseline of the benchmark, written as a PyTorch user would; no part of the operator. Rows of one
 branch and residue form dense attention problems, so the kernel gives (O_b, l_b), and
@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from configurations import Attention, Configuration
-
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+from kernels import HOST, Kernel
 
 # Elements of q in one kernel call. Below glibc's largest mmap threshold (32 MiB) freed blocks are
 # reused without new page faults: all segments at once were 3 % (forward) to 7 % (with backward)
@@ -120,11 +118,9 @@ def pieces(config: Configuration, max_elements: int = _MAX_ELEMENTS) -> Iterator
                 first = last
 
 
-def _partial(
-    config: Configuration, piece: Piece, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor]:
+def _partial(way: _Way, piece: Piece, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """(O_b, l_b) of one piece. Phantom keys have score 0 and value 0: they only rescale."""
-    out, lse = flash(q, k, v, 0.0, config.is_causal)
+    out, lse = way.kernel.forward(q, k, v, way.config.is_causal)
     if piece.phantoms:
         total = torch.logaddexp(lse, torch.full_like(lse, math.log(piece.phantoms)))
         out = out * (lse - total).exp_().unsqueeze(-1)
@@ -132,27 +128,41 @@ def _partial(
     return out, lse
 
 
+def _mix(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Merges a part into rows of the result, in place."""
+    total = torch.logaddexp(lse, part_lse)
+    out.mul_((lse - total).exp_().unsqueeze(-1))
+    out.addcmul_(part, (part_lse - total).exp_().unsqueeze(-1))
+    lse.copy_(total)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a composition computes a configuration."""
+
+    config: Configuration
+    cut: tuple[Piece, ...]
+    packed: bool
+    kernel: Kernel
+
+
 class _Strided(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        config: Configuration,
-        cut: tuple[Piece, ...],
-        packed: bool,
-        keep: bool,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, way: _Way, keep: bool
     ) -> Tensor:
+        config = way.config
         out = torch.empty_like(query)
-        lse = query.new_empty(query.shape[:3])
+        lse = query.new_empty(
+            query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32)
+        )
         if min(config.dilations) > 1:  # rows that no branch covers
             out.zero_()
             lse.fill_(-math.inf)
         partials: list[Tensor] = []
-        for piece in cut:
-            q, k, v = (piece.read(x, packed) for x in (query, key, value))
-            part, part_lse = _partial(config, piece, q, k, v)
+        for piece in way.cut:
+            q, k, v = (piece.read(x, way.packed) for x in (query, key, value))
+            part, part_lse = _partial(way, piece, q, k, v)
             if keep and config.torchscale:
                 partials += [part, part_lse]
             for (out_rows, one), (lse_rows, one_lse) in piece.write((out, lse), (part, part_lse)):
@@ -160,22 +170,20 @@ class _Strided(torch.autograd.Function):
                     out_rows.copy_(one)
                     lse_rows.copy_(one_lse)
                     continue
-                total = torch.logaddexp(lse_rows, one_lse)
-                out_rows.mul_((lse_rows - total).exp_().unsqueeze(-1))
-                out_rows.addcmul_(one, (one_lse - total).exp_().unsqueeze(-1))
-                lse_rows.copy_(total)
+                _mix(out_rows, lse_rows, one, one_lse)
         ctx.save_for_backward(query, key, value, out, lse, *partials)
-        ctx.config, ctx.cut, ctx.packed = config, cut, packed
+        ctx.way = way
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, *partials = ctx.saved_tensors
-        config: Configuration = ctx.config
+        way: _Way = ctx.way
+        config = way.config
         fresh = torch.zeros_like if min(config.dilations) > 1 else torch.empty_like
         grads = [fresh(x) for x in (query, key, value)]
-        for number, piece in enumerate(ctx.cut):
-            packed = ctx.packed and piece.dilation > 1  # packing dense rows gained nothing here
+        for number, piece in enumerate(way.cut):
+            packed = way.packed and piece.dilation > 1  # packing dense rows gained nothing here
             q, k, v, g = (piece.read(x, packed) for x in (query, key, value, grad))
             part_lse = piece.read(lse, True)
             if config.torchscale:
@@ -184,31 +192,41 @@ class _Strided(torch.autograd.Function):
                 part_lse = own_lse
             else:
                 part = piece.read(out, packed)
-            part_grads = flash_backward(g, q, k, v, part, part_lse, 0.0, config.is_causal)
+            part_grads = way.kernel.backward(g, (q, k, v), part, part_lse, config.is_causal)
             for pairs in piece.write(grads, part_grads):
                 for rows, one in pairs:
                     if piece.assigns:
                         rows.copy_(one)
                     else:
                         rows.add_(one)
-        return *grads, None, None, None, None
+        return *grads, None, None
 
 
 def strided(
-    config: Configuration, packed: bool = False, max_elements: int = _MAX_ELEMENTS
+    config: Configuration,
+    packed: bool = False,
+    max_elements: int = _MAX_ELEMENTS,
+    kernel: Kernel = HOST,
 ) -> Attention:
     """Composition (a): strided views into the kernel, or (`packed`) copies of cache-sized pieces.
+
+    Args:
+        config: What to compute.
+        packed: Copy the rows of a piece.
+        max_elements: Of q in one kernel call.
+        kernel: Runs the pieces.
 
     Returns:
         A function of query, key, value (batch, seqlen, num_heads, head_dim), with the
         configuration's gradient.
     """
     cut = tuple(pieces(config, max_elements))
+    way = _Way(config, cut, packed, kernel)
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
         out: Tensor = _Strided.apply(  # type: ignore[no-untyped-call]
-            query, key, value, config, cut, packed, keep
+            query, key, value, way, keep
         )
         return out
 

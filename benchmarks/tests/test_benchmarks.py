@@ -10,16 +10,17 @@ import pytest
 import torch
 
 import dilated
-from configurations import QUICK_ROWS, ROWS, Configuration
+from configurations import GPU_ROWS, QUICK_ROWS, ROWS, Configuration
 from dilated import reference
 from measure import (
     CompileBudgetExceeded,
+    Watch,
     make_inputs,
     peak_extra_bytes,
     summary,
     time_limit,
 )
-from methods import COMPOSITIONS, Method, dense_pairs
+from methods import COMPOSITIONS, Method, dense_pairs, grouped
 from run import main
 from runner import run_row
 from strided import pieces, strided
@@ -73,6 +74,45 @@ def test_composition_equals_the_definition(config, method, batch):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dilations", [(1, 2, 4), (1, 3, 7)])
+def test_composition_for_fewer_key_heads_equals_the_definition(dilations):
+    config = Configuration(53, 6, 8, (6, 16, 40), dilations, is_causal=True, num_kv_heads=2)
+    table = {"segments": config.segments, "dilations": config.dilations}
+    shapes = [(1, 53, heads, 8) for heads in (6, 2, 2)]
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    expected, _ = reference.dilated_attention(
+        *inputs,
+        **table,
+        offsets=dilated.plan(1, 6, num_kv_heads=2, **table).offsets,
+        is_causal=True,
+    )
+    out = grouped(strided)(config)(*inputs)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    grad = torch.randn(shapes[0], dtype=torch.float64)
+    for actual, wanted in zip(
+        torch.autograd.grad(out, inputs, grad),
+        torch.autograd.grad(expected, inputs, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
+
+
+def test_a_step_is_timed_in_two_parts():
+    watch = Watch()
+
+    def call():
+        time.sleep(0.02)
+        watch.lap()
+        time.sleep(0.04)
+        return ()
+
+    whole = watch.seconds_of(call)
+    assert watch.after_lap is not None
+    assert 0.04 <= watch.after_lap <= whole - 0.02
+    watch.seconds_of(tuple)
+    assert watch.after_lap is None
+
+
 @pytest.mark.parametrize("max_elements", [1, 300, 1 << 62])
 def test_pieces_cut_differently_are_the_same_attention(max_elements):
     inputs = make_inputs(PAPER.seqlen, PAPER.num_heads, PAPER.head_dim)[:3]
@@ -80,7 +120,9 @@ def test_pieces_cut_differently_are_the_same_attention(max_elements):
     torch.testing.assert_close(strided(PAPER, True, max_elements)(*inputs), expected)
 
 
-@pytest.mark.parametrize("config", [PAPER, GIGAPATH, *ROWS.values()])
+@pytest.mark.parametrize(
+    "config", [PAPER, GIGAPATH, *ROWS.values(), GPU_ROWS["P64"], GPU_ROWS["S48"]]
+)
 def test_pieces_cover_exactly_the_pairs_that_the_core_counts(config):
     pairs = 0
     for piece in pieces(config):
@@ -224,6 +266,7 @@ def test_main_writes_every_repeat_and_the_command(tmp_path, capsys, monkeypatch)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--device", "cuda"], "--device: expected a CUDA device"),
         (["--repeats", "0"], "--repeats: expected at least 1, got 0"),
         (["--threads", "0"], "--threads: expected at least 1, got 0"),
         (["--rows", "paper"], "--rows: expected some of paper-d64-full, .*, got paper"),
@@ -231,7 +274,8 @@ def test_main_writes_every_repeat_and_the_command(tmp_path, capsys, monkeypatch)
         (["--output", "/proc/none/x.json"], "--output: cannot write /proc/none/x.json: "),
     ],
 )
-def test_main_refuses_bad_arguments(arguments, message, capsys):
+def test_main_refuses_bad_arguments(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         main(arguments)
     assert re.search(message, capsys.readouterr().err)

@@ -96,6 +96,35 @@ def test_random_problems(case: Case, dtype: torch.dtype) -> None:
     assert_rule(case, dtype, gpu(case, dtype))
 
 
+@st.composite
+def hopper_problems(draw: st.DrawFn) -> Case:
+    """What the kernels of Hopper take, over several of their tiles."""
+    branches = draw(st.integers(1, 4))
+    kv_heads = draw(st.integers(1, 2))
+    heads = kv_heads * draw(st.integers(1, 3))
+    numbers = {"min_size": branches, "max_size": branches}
+    dilations = draw(st.lists(st.integers(1, 8), **numbers))
+    segments = draw(st.lists(st.integers(1, 700), **numbers))
+    options = {
+        "is_causal": draw(st.booleans()),
+        "merge": draw(st.sampled_from(["lse", "lse", "sum", "mean"])),
+        "lse_grad": draw(st.booleans()),
+        "offsets": draw(st.sampled_from(["paper", "torchscale", "zero"])),
+    }
+    if options["merge"] != "lse":
+        options.pop("lse_grad")
+    head_dim, n = draw(st.sampled_from([64, 128])), draw(st.integers(1, 600))
+    seed = draw(st.integers(0, 2**20))
+    return Case(n, 1, heads, kv_heads, head_dim, segments, dilations, options, seed=seed)
+
+
+@settings(max_examples=max(1, EXAMPLES // 10))
+@given(hopper_problems(), st.sampled_from(DTYPES[1:]))
+def test_random_problems_of_several_tiles(case: Case, dtype: torch.dtype) -> None:
+    note(f"{case} {dtype}")
+    assert_rule(case, dtype, gpu(case, dtype))
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c["name"])
 def test_golden(case: dict[str, Any]) -> None:
     q, k, v, dout = (x.cuda() for x in _inputs(case, torch.float32))
