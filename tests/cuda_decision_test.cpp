@@ -102,6 +102,17 @@ TEST(CudaDecision, TilesHoldEveryRowOnce) {
                        true) != every_row_once(hopper_plan, true)) {
           return "query rows of the Hopper forward";
         }
+        if (forward.not_sm90.empty() &&
+            (count_rows(hopper_plan,
+                        table<TileGroup>(forward, forward.at.backward_query_groups, groups),
+                        forward.backward_query_tiles.back(), kBackwardRows,
+                        true) != every_row_once(hopper_plan, true) ||
+             count_rows(hopper_plan,
+                        table<TileGroup>(forward, forward.at.backward_key_groups, groups),
+                        forward.backward_key_tiles.back(), kBackwardRows,
+                        false) != every_row_once(hopper_plan, false))) {
+          return "rows of the Hopper backward";
+        }
         const auto rows =
             table<TileGroup>(decision, decision.at.row_groups, plan.sequences().size());
         std::int64_t tiles = 0;
@@ -187,6 +198,28 @@ TEST(CudaDecision, DenseBranchMerges) {
   EXPECT_FALSE(merges([](Problem& p) { p.lse_grad = false; }));
   EXPECT_FALSE(merges([](Problem& p) { p.windows = {{{10, 90}, {0, 200}}}; }));
   EXPECT_FALSE(merges([](Problem& p) { p.has_seqused = true; }));
+}
+
+/// In backward it writes the gradients, unless query heads of a group see different rows of a key.
+TEST(CudaDecision, DenseBranchWritesGradients) {
+  const auto merges = [](const auto& change) {
+    Problem problem = hopper_problem();
+    change(problem);
+    return CudaDecision(make_plan(problem, "cpu"), kHopper).merges_gradients;
+  };
+  EXPECT_TRUE(merges([](Problem&) {}));
+  EXPECT_TRUE(merges([](Problem& p) { p.lse_grad = false; }));
+  EXPECT_TRUE(merges([](Problem& p) { p.merge = Merge::kMean; }));
+  EXPECT_FALSE(merges([](Problem& p) { p.branches[1].segment = 600; }));  // not the first
+  EXPECT_FALSE(merges([](Problem& p) { p.has_seqused = true; }));
+  EXPECT_FALSE(merges([](Problem& p) {
+    p.num_kv_heads = 2;
+    p.branches[0].offsets = {0, 1, 2, 3};
+  }));
+  EXPECT_TRUE(merges([](Problem& p) {
+    p.num_kv_heads = 2;
+    p.branches[0].offsets = {0, 0, 1, 1};
+  }));
 }
 
 /// Four tiles of rows, 16 bytes further apart than they are long, and what one passing row needs.

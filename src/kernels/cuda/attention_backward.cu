@@ -45,8 +45,8 @@ __global__ void row_numbers_kernel(const __grid_constant__ NumbersArguments argu
                   piece)) {
     return;
   }
-  const std::int64_t row = piece.queries.first + piece.tile * arguments.tile_rows +
-                           threadIdx.x / kRowThreads;
+  const std::int64_t row =
+      piece.queries.first + piece.tile * arguments.tile_rows + threadIdx.x / kRowThreads;
   if (row >= piece.queries.last) {
     return;
   }
@@ -71,10 +71,10 @@ __global__ void row_numbers_kernel(const __grid_constant__ NumbersArguments argu
   }
   const std::byte* const dout = rows_of(arguments.dout, batch, head).row(token);
   const bool of_branch = call.needs_branch_outputs;
-  const std::byte* const out =
-      of_branch ? reinterpret_cast<const std::byte*>(
-                      saved_rows(arguments.branch_out, batch, head).row(saved))
-                : rows_of(arguments.out, batch, head).row(token);
+  const std::byte* const out = of_branch
+                                   ? reinterpret_cast<const std::byte*>(
+                                         saved_rows(arguments.branch_out, batch, head).row(saved))
+                                   : rows_of(arguments.out, batch, head).row(token);
   const DType out_dtype = of_branch ? DType::kFloat32 : arguments.out.dtype;
   const auto rounded = [&](float value) {
     return arguments.dtype == DType::kBFloat16  ? float_of(__float2bfloat16_rn(value))
@@ -101,13 +101,12 @@ __global__ void row_numbers_kernel(const __grid_constant__ NumbersArguments argu
   const bool has_keys = sum.lse != kAbsentLse<float>;
   const RowNumbers numbers = {has_keys ? call.units.base_of(sum.lse) : INFINITY,
                               has_keys ? sum.residual : 0.0f, has_keys ? delta + dot : 0.0f, 0.0f};
-  RowNumbers* const to =
-      arguments.row_numbers + (batch * call.num_heads + head) * call.branch_rows;
+  RowNumbers* const to = arguments.row_numbers + (batch * call.num_heads + head) * call.branch_rows;
   for (int rank = lane; rank < (arguments.of_dense ? call.num_branches : 1); rank += kRowThreads) {
-    const std::int64_t slot =
-        rank == 0 ? saved
-                  : SlotFinder(call, piece.sequence_index, piece.sequence.length, rank,
-                               head)(static_cast<int>(piece.position(row)));
+    const std::int64_t slot = rank == 0
+                                  ? saved
+                                  : SlotFinder(call, piece.sequence_index, piece.sequence.length,
+                                               rank, head)(static_cast<int>(piece.position(row)));
     if (slot >= 0) {
       to[slot] = numbers;
     }
@@ -172,12 +171,9 @@ void attention_backward(const Plan& plan, const BackwardTensors& tensors, const 
                                sums + decision.query_gradient + decision.key_gradient};
   const bool on_sm90 = decision.not_sm90.empty() && tensors.dout.dtype == problem.dtype;
   const bool merges = on_sm90 && decision.merges_gradients &&
-                      std::all_of(std::begin(results), std::end(results), [&](const auto* view) {
-                        return view->dtype == problem.dtype;
-                      });
-  const auto target = [&](int i) {
-    return merges ? *results[i] : sums_of(*results[i], memory[i]);
-  };
+                      std::all_of(std::begin(results), std::end(results),
+                                  [&](const auto* view) { return view->dtype == problem.dtype; });
+  const auto target = [&](int i) { return merges ? *results[i] : sums_of(*results[i], memory[i]); };
   BackwardArguments arguments{.call = begin_call(plan, tensors.masks, context),
                               .dout = tensors.dout,
                               .query = tensors.query,

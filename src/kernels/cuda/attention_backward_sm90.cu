@@ -1,5 +1,5 @@
-// Launches of the Hopper backward: two for all sparse branches and two for the dense one that merges
-// them, or two per branch.
+// Launches of the Hopper backward: two for all sparse branches and two for the dense one that
+// merges them, or two per branch.
 #include "src/kernels/cuda/attention_backward_sm90.cuh"
 
 namespace dilated::gpu::sm90 {

@@ -1,5 +1,6 @@
-// Backward on Hopper (semantics §6; docs/architecture.md, "Backward in one form"), without atomics, in
-// seven products instead of five: every gradient row has one block per branch that sums it in order.
+// Backward on Hopper (semantics §6; docs/architecture.md, "Backward in one form"), without atomics,
+// in seven products instead of five: every gradient row has one block per branch that sums it in
+// order.
 //   query rows stay:  S = Q K^T      dP = dO V^T      dQ += dS K
 //   key rows stay:    S^T = K Q^T    dP^T = V dO^T    dV += P^T dO     dK += dS^T Q
 // Two warpgroups own 64 rows each of what stays, so that one multiplies while the other computes
@@ -70,8 +71,8 @@ __device__ inline void add_row(const float (&sums)[kCount], int half, float scal
   }
 }
 
-/// Writes the sums of this thread's two rows: see Gradient. `row` counts in the tile; `token` is that
-/// of row 0 of the class.
+/// Writes the sums of this thread's two rows: see Gradient. `row` counts in the tile; `token` is
+/// that of row 0 of the class.
 template <typename Element, int kCount, int kRows>
 __device__ inline void write_rows(const GradientArguments& arguments, const Gradient& gradient,
                                   const Tile& tile, const TileRows& rows, int row,
@@ -90,8 +91,7 @@ __device__ inline void write_rows(const GradientArguments& arguments, const Grad
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int slot = parts.slot[rank - 1][row + 8 * half];
-        const float* const part =
-            gradient.part(arguments, tile.batch, head, max(0, slot)) + column;
+        const float* const part = gradient.part(arguments, tile.batch, head, max(0, slot)) + column;
 #pragma unroll
         for (int j = 0; j < kCount / 4; ++j) {
           others[half][j] =
@@ -117,9 +117,8 @@ __device__ inline void write_rows(const GradientArguments& arguments, const Grad
     } else if (arguments.merges) {
 #pragma unroll
       for (int j = 0; j < kCount / 4; ++j) {
-        reinterpret_cast<std::uint32_t*>(to)[(8 * j + column) / 2] =
-            pack<Element>(gradient.scale * sums[4 * j + 2 * half],
-                          gradient.scale * sums[4 * j + 2 * half + 1]);
+        reinterpret_cast<std::uint32_t*>(to)[(8 * j + column) / 2] = pack<Element>(
+            gradient.scale * sums[4 * j + 2 * half], gradient.scale * sums[4 * j + 2 * half + 1]);
       }
     } else {
       float* const part = gradient.part(arguments, tile.batch, head, tile.saved + at);

@@ -1,10 +1,11 @@
 // Forward on Hopper (semantics §4). One tile of work is a block of query rows of one class of one
 // (branch, sequence, segment, head); its keys pass by in tiles of 128:
 //   S = Q K^T,  P = 2^(factor (S - max)),  O = shrink O + P V
-// One warp looks up what tiles are, one loads by bulk tensor copies, one clears values that nobody may
-// see; each other warpgroup owns 64 query rows and overlaps the product S of a tile with the softmax of that before.
-// A branch writes partial results; or, a dense branch that is the first of the merge and whose rows
-// are all rows, merges those of the others and writes O and the log-sum-exp (kMerges).
+// One warp looks up what tiles are, one loads by bulk tensor copies, one clears values that nobody
+// may see; each other warpgroup owns 64 query rows and overlaps the product S of a tile with the
+// softmax of that before. A branch writes partial results; or, a dense branch that is the first of
+// the merge and whose rows are all rows, merges those of the others and writes O and the
+// log-sum-exp (kMerges).
 #pragma once
 
 #include <algorithm>
@@ -48,9 +49,7 @@ class Consumer {
   __device__ int row(const Tile& tile, int i) const {
     return tile.queries.first + first_row_ + thread_ / 32 * 16 + thread_ % 32 / 4 + 8 * i;
   }
-  __device__ int seen(const Tile& tile, int row) const {
-    return tile.template seen<kCausal>(row);
-  }
+  __device__ int seen(const Tile& tile, int row) const { return tile.template seen<kCausal>(row); }
 
   __device__ void score(float (&scores)[kScores]) {
     shared_.key_full[keys_.stage].wait(keys_.parity);
@@ -242,9 +241,9 @@ class Consumer {
   }
 
   __device__ void write_partial(const Tile& tile, int i) {
-    float* const out = saved_rows(arguments_.branch_out, tile.batch, tile.head)
-                           .row(tile.saved + row(tile, i)) +
-                       thread_ % 4 * 2;
+    float* const out =
+        saved_rows(arguments_.branch_out, tile.batch, tile.head).row(tile.saved + row(tile, i)) +
+        thread_ % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; ++j) {
       *reinterpret_cast<float2*>(out + 8 * j) = {acc_[4 * j + 2 * i], acc_[4 * j + 2 * i + 1]};

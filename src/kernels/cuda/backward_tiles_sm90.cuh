@@ -17,7 +17,8 @@ struct BackwardMaps {
 struct GradientArguments;
 
 /// A result and what other branches give to it. Sparse branches that run before a dense one, which
-/// writes the result, leave float32 rows like branch results; else every branch adds to float32 sums.
+/// writes the result, leave float32 rows like branch results; else every branch adds to float32
+/// sums.
 struct Gradient {
   TensorView result;
   float* parts;  // (batch, heads, part_rows, head_dim), unscaled; or null: `result` is the sums
@@ -33,9 +34,9 @@ struct GradientArguments {
   Call call;
   BackwardMaps maps[kMostBranches];  // by number of the branch
   TileRange range;
-  const RowNumbers* row_numbers;  // (batch, heads, branch_rows)
+  const RowNumbers* row_numbers;     // (batch, heads, branch_rows)
   ConstTensorView query, dout, key;  // for what is not finite
-  bool merges;  // the dense branch after the others
+  bool merges;                       // the dense branch after the others
   std::int64_t part_rows;
   Gradient dquery, dkey, dvalue;
 };
@@ -122,8 +123,7 @@ struct alignas(1024) QueryGradientShared : BackwardThreads {
           const int row = tile.query_row + tile.queries.first;
           load_rows(query, maps.query, row, tile.query_residue, tile.head, tile.batch,
                     staying_full);
-          load_rows(dout, maps.dout, row, tile.query_residue, tile.head, tile.batch,
-                    staying_full);
+          load_rows(dout, maps.dout, row, tile.query_residue, tile.head, tile.batch, staying_full);
           stay.step();
         }
         value_empty[pass.stage].wait(pass.parity ^ 1);
@@ -148,8 +148,8 @@ struct alignas(1024) QueryGradientShared : BackwardThreads {
         key_full[pass.stage].wait(pass.parity);
         const int begin = everyone_sees - n * kKeys;
         if (begin < kKeys) {
-          const bool is_bad = guard_rows<kCausal, false, kKeys>(
-              key[pass.stage], begin, someone_sees - n * kKeys, lane, 32);
+          const bool is_bad = guard_rows<kCausal, false, kKeys>(key[pass.stage], begin,
+                                                                someone_sees - n * kKeys, lane, 32);
           if (kCausal) {
             key_is_bad[pass.stage] = __any_sync(0xFFFFFFFFu, is_bad);
             tile.has_bad_values |= key_is_bad[pass.stage];
@@ -272,8 +272,8 @@ struct alignas(1024) KeyGradientShared : BackwardThreads {
 #pragma unroll
         for (int i = 0; i < kQueries / 32; ++i) {
           const int at = 32 * i + lane;
-          own[i] = q + at < tile.queries.last ? numbers[at]
-                                              : RowNumbers{INFINITY, 0.0f, 0.0f, 0.0f};
+          own[i] =
+              q + at < tile.queries.last ? numbers[at] : RowNumbers{INFINITY, 0.0f, 0.0f, 0.0f};
           bad |= q + at < tile.queries.last &&
                  !(isfinite(own[i].base) && isfinite(own[i].residual) && isfinite(own[i].delta));
         }

@@ -229,8 +229,9 @@ CudaDecision::CudaDecision(const Plan& plan, const Target& target)
 }
 
 std::int64_t CudaDecision::workspace_bytes(Pass pass) const {
-  return pass == Pass::kForward ? table_bytes + tickets + branch_sums + branch_out
-                                : table_bytes + tickets + row_numbers + query_gradient + 2 * key_gradient;
+  return pass == Pass::kForward
+             ? table_bytes + tickets + branch_sums + branch_out
+             : table_bytes + tickets + row_numbers + query_gradient + 2 * key_gradient;
 }
 
 std::string CudaDecision::to_string() const {
@@ -245,15 +246,15 @@ std::string CudaDecision::to_string() const {
                         tiles.forward_columns, query_tiles.back(), merge);
   const std::string backward =
       not_sm90.empty()
-          ? fmt::format(
-                "sm_90a (sm_80 if dout is float32), tiles {}, {} + {} per head; {}", kBackwardRows,
-                backward_query_tiles.back(), backward_key_tiles.back(),
-                merges_gradients ? fmt::format("merged by branch {}", branch_order.front())
-                                 : "summed branch by branch")
+          ? fmt::format("sm_90a (sm_80 if dout is float32), tiles {}, {} + {} per head; {}",
+                        kBackwardRows, backward_query_tiles.back(), backward_key_tiles.back(),
+                        merges_gradients ? fmt::format("merged by branch {}", branch_order.front())
+                                         : "summed branch by branch")
           : fmt::format("sm_80 ({}), tiles {} x {}, {} + {} per head", not_sm90, tiles.rows,
                         tiles.backward_columns, query_tiles.back(), key_tiles.back());
-  return fmt::format("head_dim      as {}\nbranch order  [{}]\nforward       {}\nbackward      {}\n",
-                     padded_head_dim, fmt::join(branch_order, ", "), forward, backward);
+  return fmt::format(
+      "head_dim      as {}\nbranch order  [{}]\nforward       {}\nbackward      {}\n",
+      padded_head_dim, fmt::join(branch_order, ", "), forward, backward);
 }
 
 }  // namespace dilated::gpu

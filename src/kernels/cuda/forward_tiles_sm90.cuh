@@ -89,8 +89,7 @@ __device__ inline void produce(const ForwardArguments& arguments,
 #pragma unroll
       for (int panel = 0; panel < Tiles::kPanels; ++panel) {
         load_box(shared.value[values.stage][panel], value_map, kPanelColumns * panel,
-                 row + n * Tiles::kKeys, residue, kv_head, batch,
-                 shared.value_full[values.stage]);
+                 row + n * Tiles::kKeys, residue, kv_head, batch, shared.value_full[values.stage]);
       }
       values.step();
     };

@@ -52,8 +52,8 @@ struct Tile {
   }
 };
 
-/// Tile `index` of a launch; false if it has no rows. Blocks of one head and segment are neighbours,
-/// so that they share what passes by in the cache; longest first if causal.
+/// Tile `index` of a launch; false if it has no rows. Blocks of one head and segment are
+/// neighbours, so that they share what passes by in the cache; longest first if causal.
 template <bool kCausal, int kRows, bool kOfQueries>
 __device__ inline bool find_tile(const Call& call, const TileRange& range, std::int64_t index,
                                  Tile& tile) {
@@ -63,8 +63,7 @@ __device__ inline bool find_tile(const Call& call, const TileRange& range, std::
       static_cast<unsigned>(index - (group.first_tile - range.first_tile) * call.num_heads);
   const auto blocks = static_cast<unsigned>(group.tiles_per_segment);
   const auto heads = static_cast<unsigned>(call.num_heads);
-  const unsigned block =
-      kCausal && kOfQueries ? blocks - 1 - inside % blocks : inside % blocks;
+  const unsigned block = kCausal && kOfQueries ? blocks - 1 - inside % blocks : inside % blocks;
   tile.head = static_cast<int>(inside / blocks % heads);
   Piece piece;
   if (!find_piece(call, range.groups, range.num_groups,
@@ -210,8 +209,8 @@ __device__ inline void clear_bad(uint4& eight) {
   }
 }
 
-/// Adds what guards took away: elements of a row that are not finite, to those sums of this thread's
-/// two rows that see it. Their weight does not matter.
+/// Adds what guards took away: elements of a row that are not finite, to those sums of this
+/// thread's two rows that see it. Their weight does not matter.
 template <typename Element, int kCount>
 __device__ inline void add_bad_row(float (&sums)[kCount], const std::byte* row, bool first_sees,
                                    bool second_sees) {
@@ -225,8 +224,8 @@ __device__ inline void add_bad_row(float (&sums)[kCount], const std::byte* row, 
   }
 }
 
-/// Where parts of other branches lie that the rows of a tile will add in the end: slots by (rank - 1,
-/// row of the tile). A warp of its own looks them up meanwhile.
+/// Where parts of other branches lie that the rows of a tile will add in the end: slots by (rank -
+/// 1, row of the tile). A warp of its own looks them up meanwhile.
 template <int kRows>
 struct PartSlots {
   int slot[kMostBranches - 1][kRows];
@@ -239,10 +238,9 @@ struct PartSlots {
       const SlotFinder find(call, tile.sequence, tile.length, rank, tile.head);
 #pragma unroll
       for (int i = static_cast<int>(threadIdx.x) % 32; i < kRows; i += 32) {
-        const std::int64_t at =
-            rows.first + i < rows.last
-                ? find(static_cast<int>(tile.position) + rows.first + i)
-                : -1;
+        const std::int64_t at = rows.first + i < rows.last
+                                    ? find(static_cast<int>(tile.position) + rows.first + i)
+                                    : -1;
         slot[rank - 1][i] = static_cast<int>(at);
         if (at >= 0) {
           use(rank, i, at);
@@ -259,8 +257,8 @@ __device__ inline void prefetch_row(const float* row, int columns) {
   }
 }
 
-/// Clears rows of a loaded tile from `end` on. Whether a row from `begin` to there is not finite, as
-/// far as this thread of `threads` sees; kClears: it is from now on.
+/// Clears rows of a loaded tile from `end` on. Whether a row from `begin` to there is not finite,
+/// as far as this thread of `threads` sees; kClears: it is from now on.
 template <bool kFinds, bool kClears, int kRows, typename Element, int kPanels, int kElements>
 __device__ inline bool guard_rows(Element (&tile)[kPanels][kElements], int begin, int end,
                                   int thread, int threads) {

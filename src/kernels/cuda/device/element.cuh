@@ -50,8 +50,8 @@ __device__ inline void store_element(std::byte* row, DType dtype, int column, fl
 
 /// Whether the columns from `column` on are a whole piece at an address that can be read at once.
 __device__ inline bool is_whole_piece(const std::byte* row, DType dtype, int column, int columns) {
-  const auto address = reinterpret_cast<std::uintptr_t>(row) +
-                       static_cast<std::uintptr_t>(column * bytes_of(dtype));
+  const auto address =
+      reinterpret_cast<std::uintptr_t>(row) + static_cast<std::uintptr_t>(column * bytes_of(dtype));
   return column + kPieceColumns <= columns && address % 16 == 0;
 }
 

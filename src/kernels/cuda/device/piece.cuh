@@ -79,8 +79,8 @@ __device__ inline bool find_piece(const Call& call, const TileGroup* groups, int
   return true;
 }
 
-/// Positions of a head in the branch results of the branch of a rank. Of a whole sequence; numbers of
-/// 32 bits.
+/// Positions of a head in the branch results of the branch of a rank. Of a whole sequence; numbers
+/// of 32 bits.
 class SlotFinder {
  public:
   __device__ SlotFinder(const Call& call, int sequence, std::int64_t length, int rank, int head) {
