@@ -91,7 +91,7 @@ bench: $(EXAMPLES) ## Time the operator against the best PyTorch compositions; J
 	.venv/bin/python benchmarks/run.py
 
 # --- parts of `make test` ---------------------------------------------------------------------------------------
-.PHONY: test-cpp test-sanitized test-threads test-clang test-libcxx test-arm test-cuda test-python test-oldest-torch test-snippets test-mutants test-example lint format audit wheel
+.PHONY: soak test-cpp test-sanitized test-threads test-clang test-libcxx test-arm test-cuda test-python test-oldest-torch test-snippets test-mutants test-example lint format audit wheel
 test-cpp: $(TEST_ENVIRONMENT) ## C++ tests (preset cpu)
 	cmake --workflow --preset cpu
 
@@ -126,6 +126,10 @@ LIBCXX = $(shell clang++ -stdlib=libc++ -fsyntax-only -x c++ -include vector /de
 
 test-python: $(TEST_PACKAGE) ## Python tests of the installed package
 	.venv/bin/python -m pytest $(PYTEST_OPTIONS)
+
+soak: $(TEST_PACKAGE) ## Random calls over RANKS processes against one, for ten minutes; not a part of `make test`
+	.venv/bin/python python/tests/soak_sequence.py $(SECONDS_OF_SOAK) $(RANKS)
+SECONDS_OF_SOAK ?= 600
 
 test-oldest-torch: $(TEST_PACKAGE) ## The operator's Python tests with the oldest PyTorch that we admit
 	tools/test_oldest_torch.sh .venv/lib/python3*/site-packages/dilated/libdilated_torch.so $(PYTEST_OPTIONS)

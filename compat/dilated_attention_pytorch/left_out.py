@@ -6,7 +6,9 @@ from typing import Any, ClassVar, NoReturn
 
 from dilated.errors import Unsupported
 
-DISTRIBUTED = "planned as dilated.distributed; until then every rank runs dilated.DilatedAttention"
+DISTRIBUTED = (
+    "RingDilatedAttention and dilated.DilatedAttention take sequence_groups of dilated.distributed"
+)
 BLOCK_SPARSE = "planned as tables of active blocks; until then use dilated.DilatedAttention"
 MEMORY_POOL = (
     "torch's allocator does it; dilated.plan(...).workspace_bytes is the scratch of a call"

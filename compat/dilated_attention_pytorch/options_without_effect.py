@@ -14,7 +14,7 @@ class _Option(NamedTuple):
 _OPTIONS = {
     "use_tf32": _Option(True, "precision is what torch.backends says, for the whole process"),
     "block_size": _Option(1024, "the operator chooses its tiles: see dilated.plan(...)"),
-    "ring_size": _Option(None, "a call runs on one rank: see dilated.window_attention"),
+    "ring_size": _Option(None, "calls take the ranks: sequence_groups of dilated.distributed"),
     "use_checkpointing": _Option(True, "attention saves only its output and one number per row"),
     "use_memory_pool": _Option(True, "torch's allocator keeps the memory"),
     "max_cached_buffers": _Option(50, "torch's allocator keeps the memory"),

@@ -1,4 +1,4 @@
-"""The name `RingDilatedAttention`: the same operator, on one rank."""
+"""The name `RingDilatedAttention`: the same operator, on one rank or many."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from .left_out import MEMORY_POOL, LeftOut
 
 class RingDilatedAttention(BaseDilatedAttention):
     """:class:`DilatedAttention` under another name; its memory is linear in n anyway.
+
+    Over ranks its calls take `sequence_groups` of :mod:`dilated.distributed`, which chooses how
+    rows travel; results have the bits of one rank.
 
     Args:
         segment_lengths: segment length of every group of heads.

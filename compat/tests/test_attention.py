@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from restated import DILATIONS, SEGMENTS, attention
 
 import dilated
+from dilated.distributed import SequenceGroups
 from dilated_attention_pytorch import (
     DilatedAttention,
     ImprovedDilatedAttention,
@@ -116,3 +118,21 @@ def test_compiles_without_breaks() -> None:
     module = DilatedAttention(SEGMENTS, DILATIONS)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, k, v, is_causal=True), module(q, k, v, is_causal=True))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_class_takes_ranks(cls: Any) -> None:
+    """One rank stands for many: what travels is dilated.distributed's."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        groups = SequenceGroups()
+        q, k, v = torch.randn(3, 1, 64, 4, 8).unbind(0)
+        module = cls([16, 64], [1, 4])
+        out = module(q, k, v, is_causal=True, sequence_groups=groups, shards=[64])
+        assert torch.equal(out, module(q, k, v, is_causal=True))
+        with pytest.raises(dilated.InvalidProblem, match="a multiple of 64 positions"):
+            module(q[:, :60], k[:, :60], v[:, :60], sequence_groups=groups, shards=[60])
+        with pytest.raises(dilated.InvalidProblem, match="shards: expected rows of every rank"):
+            module(q, k, v, sequence_groups=groups)
+    finally:
+        dist.destroy_process_group()

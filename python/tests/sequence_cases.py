@@ -62,7 +62,8 @@ def _shards(draw: random.Random, total: int, ranks: int) -> list[int]:
     return [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
 
 
-def _random(draw: random.Random, ranks: int) -> Sharded:
+def random_case(draw: random.Random, ranks: int) -> Sharded:
+    """Any call, cut anywhere."""
     kv_heads = draw.choice([1, 2])
     heads = kv_heads * draw.choice([1, 2, 3])
     branches = draw.randint(1, 3)
@@ -111,11 +112,12 @@ def cases(ranks: int) -> list[Sharded]:
         Sharded(Case(n=96, **paper), even),
         Sharded(Case(n=96, **paper, options={"is_causal": True}), even, torch.bfloat16),
         Sharded(Case(n=96, heads=1, kv_heads=1, **paper), first_only),
+        Sharded(Case(n=96, segments=[18], dilations=[2]), even),  # borders are crossed once
         Sharded(Case(n=96, segments=[16, 96], dilations=[2, 4], options=torchscale), even),
         Sharded(Case(n=96, segments=[200], dilations=[90]), even),
     ]
     draw = random.Random(ranks)
-    return corners + [_random(draw, ranks) for _ in range(25)]
+    return corners + [random_case(draw, ranks) for _ in range(25)]
 
 
 class TinyModel(torch.nn.Module):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,21 @@ def test_compiled_calls_have_the_bits_of_eager_ones(tmp_path: Path) -> None:
         assert result["drawn"]
         for gradient, slope in result["slopes"]:
             assert gradient == pytest.approx(slope, rel=1e-6, abs=1e-6)
+
+
+def test_a_short_soak() -> None:
+    """`make soak` is the long one."""
+    program = Path(__file__).with_name("soak_sequence.py")
+    source = str(Path(dilated.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, str(program), "5", "4"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "all bits are one process's" in done.stdout
 
 
 def test_ranks_of_sequences_times_others(tmp_path: Path) -> None:

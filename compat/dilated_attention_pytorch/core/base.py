@@ -7,19 +7,24 @@ its output is divided by the number of pairs. Positions that its pair skips get 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 import dilated
 from dilated._inputs import require_parameter_dtype
+from dilated._ranks import telling_ranks
 from dilated._torch_masks import key_mask_of
-from dilated.errors import Unsupported, message
+from dilated.errors import InvalidProblem, Unsupported, message
 
 from ..options_without_effect import warn_if_given
 from ..utils.validation import ValidationMixin, invalid
 from .config import DilatedAttentionConfig, MultiheadConfig
+
+if TYPE_CHECKING:
+    from dilated.distributed import SequenceGroups
 
 
 class BaseDilatedAttention(nn.Module, ValidationMixin):
@@ -70,6 +75,7 @@ class BaseDilatedAttention(nn.Module, ValidationMixin):
         """Number of groups of heads."""
         return len(self.operator.segments)
 
+    @telling_ranks
     def forward(
         self,
         query: Tensor,
@@ -79,6 +85,8 @@ class BaseDilatedAttention(nn.Module, ValidationMixin):
         attention_mask: Tensor | None = None,
         *,
         key_mask: Tensor | None = None,
+        sequence_groups: SequenceGroups | None = None,
+        shards: Sequence[int] | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -88,7 +96,9 @@ class BaseDilatedAttention(nn.Module, ValidationMixin):
             value: like query.
             is_causal: a query sees no later key.
             attention_mask: must be None.
-            key_mask: bool (batch, n), True = the key takes part.
+            key_mask: bool (batch, n), True = the key takes part; none with sequence_groups.
+            sequence_groups: the ranks that hold the sequence, of which rows are this rank's.
+            shards: rows of every rank; goes with sequence_groups.
 
         Returns:
             Like query.
@@ -108,9 +118,23 @@ class BaseDilatedAttention(nn.Module, ValidationMixin):
         self.validate_tensor_shapes_match((query, key, value), names, range(4))
         self.validate_num_heads(query.shape[2], self.num_groups)
         if self.config.strict_lengths:
-            self.validate_sequence_length(query.shape[1], self.operator.segments)
+            if sequence_groups is not None and shards is None:
+                hint = "or strict_lengths=False"
+                text = message("shards", "rows of every rank", "none", hint, type(self).__name__)
+                raise InvalidProblem(text)
+            rows = query.shape[1] if shards is None else sum(shards)
+            self.validate_sequence_length(rows, self.operator.segments)
         return cast(
-            Tensor, self.operator(query, key, value, is_causal=is_causal, key_mask=key_mask)
+            Tensor,
+            self.operator(
+                query,
+                key,
+                value,
+                is_causal=is_causal,
+                key_mask=key_mask,
+                sequence_groups=sequence_groups,
+                shards=shards,
+            ),
         )
 
 

@@ -26,12 +26,14 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _hops(call: Call, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The ranks whose keys this rank reads, itself first, with keys and values of their shape.
+def _hops(
+    call: Call, key: Tensor, value: Tensor
+) -> Iterator[tuple[int, tuple[Tensor, Tensor] | None]]:
+    """Every rank, this one first, with its keys and values if this rank reads some of them.
 
     The next packet is under way while a hop is being computed.
     """
-    yield call.groups.rank, _wide(key), _wide(value)
+    yield call.groups.rank, (_wide(key), _wide(value))
     rank, size = call.groups.rank, call.groups.size
     hops = call.plan.ring()
     sides = call.by_token(key), call.by_token(value)
@@ -59,7 +61,9 @@ def _hops(call: Call, key: Tensor, value: Tensor) -> Iterator[tuple[int, Tensor,
             wide = _wide(packet)
             dense = wide.new_zeros(shape)
             dense[:, :, hops[source].rows, hops[source].heads] = wide
-            yield source, call.by_token(dense[0]), call.by_token(dense[1])
+            yield source, (call.by_token(dense[0]), call.by_token(dense[1]))
+        else:
+            yield source, None
 
 
 def _optional(call: Call, source: int) -> _ops.OptionalTensors:
@@ -76,10 +80,10 @@ class RingAttention(torch.autograd.Function):
         wide = _wide(query)
         layout, dtype = LAYOUTS.index(call.options.layout), DTYPES.index(wide.dtype)
         merged: tuple[Tensor, Tensor] | None = None
-        for source, keys, values in _hops(call, key, value):
-            part = _ops.ask(
-                _ops.forward_op, wide, keys, values, *_optional(call, source), *call.options
-            )
+        for source, packet in _hops(call, key, value):
+            if packet is None:
+                continue
+            part = _ops.ask(_ops.forward_op, wide, *packet, *_optional(call, source), *call.options)
             if merged is None:
                 merged = part
             else:
@@ -136,21 +140,18 @@ def _backward(
             for side, part in zip((dkey, dvalue), arrived):
                 call.by_token(side)[:, mine.rows, mine.heads] += part
 
-    done = 0
-    for source, keys, values in _hops(call, key, value):
-        rest = *_optional(call, source), *call.options
-        part = _ops.ask(_ops.forward_saving_op, wide, keys, values, *rest)
-        given = _ops.ask(_ops.backward_op, *part_gradients(part), wide, keys, values, *part, *rest)
-        dquery += given[0]
-        distance = (rank - source) % size
-        for skipped in range(done + 1, distance):
-            bring_home(skipped, None)
-        if distance == 0:
+    # Every hop ends with its gradients, read or not: ranks stay in step.
+    for source, packet in _hops(call, key, value):
+        distance, given = (rank - source) % size, None
+        if packet is not None:
+            rest = *_optional(call, source), *call.options
+            part = _ops.ask(_ops.forward_saving_op, wide, *packet, *rest)
+            dpart = part_gradients(part)
+            given = _ops.ask(_ops.backward_op, *dpart, wide, *packet, *part, *rest)
+            dquery += given[0]
+        if distance > 0:
+            bring_home(distance, None if given is None else given[1:])
+        elif given is not None:
             dkey += given[1]
             dvalue += given[2]
-        else:
-            bring_home(distance, given[1:])
-        done = distance
-    for skipped in range(done + 1, size):
-        bring_home(skipped, None)
     return dquery.to(query.dtype), dkey.to(key.dtype), dvalue.to(value.dtype), None
