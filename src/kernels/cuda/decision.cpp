@@ -216,7 +216,7 @@ CudaDecision::CudaDecision(const Plan& plan, const Target& target)
   branch_out = whole_pieces(rows * 4 * problem.head_dim);
   row_numbers = whole_pieces(rows * 16);
   part_rows = plan.branch_rows();
-  if (merges_gradients && branch_order.front() == 0) {
+  if (merges_gradients && branch_order.front() == 0 && !plan.sequences().empty()) {
     part_rows -= problem.branches.size() > 1 ? plan.branch_row_begin(1, 0) : part_rows;
   }
   // Sums of all rows, also where parts take less: dO may come in float32.
