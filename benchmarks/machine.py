@@ -15,13 +15,15 @@ import dilated
 
 
 def describe_commit() -> str:
-    """Of the repository that this file lies in; else "unknown"."""
+    """DILATED_COMMIT, for copies elsewhere; else that of this file's repository, or "unknown"."""
+    if stated := os.environ.get("DILATED_COMMIT"):
+        return stated
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("DILATED_COMMIT", "unknown")
+        return "unknown"
     return found.strip()
 
 
