@@ -41,6 +41,10 @@ _KEPT = 2
 
 def main(arguments: list[str] | None = None) -> int:
     """One rank. None reads sys.argv. Returns the exit code."""
+    return run(_parser(), arguments, (TrainingError, InvalidProblem, Unsupported))
+
+
+def _parser() -> Parser:
     parser = Parser(prog="ranks", description="Train a LongNet on shards of its sequences.")
     add = parser.add_argument
     add("--input", help="file or folder to learn from (default: the standard library's sources)")
@@ -57,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         add(flag, type=integer, default=default, help=f"{text} (default: {default})")
     add("--fail-at", type=integer, help="the last rank kills itself once, before this step")
     parser.set_defaults(command="train", run=_train)
-    return run(parser, arguments, (TrainingError, InvalidProblem, Unsupported))
+    return parser
 
 
 def _train(options: Namespace) -> int:
@@ -80,7 +84,11 @@ def _train(options: Namespace) -> int:
 def _join() -> None:
     """All ranks that torchrun started; without it, this process alone."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        dist.init_process_group("gloo")
+        # Restarted ranks find the store as it was, with the addresses of those that are gone.
+        store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+        prefix = f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+        fresh = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=fresh, rank=rank, world_size=size)
         cores = os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
     else:

@@ -19,7 +19,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser as torchrun_parser
 
+import ranks
 from run_folder import RunFolder
 
 PROGRAM = Path(__file__).parents[1]
@@ -473,6 +475,8 @@ def test_odd_values_work_or_are_one_line(
 def test_texts_name_flags_that_exist() -> None:
     """Whatever a message, a hint or a help text tells the user to type."""
     known = {flag for flags in options().values() for flag in flags}
+    for parser in (ranks._parser(), torchrun_parser()):
+        known |= set(parser._option_string_actions)
     for path in PROGRAM.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
