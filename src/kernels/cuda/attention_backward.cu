@@ -207,10 +207,10 @@ void attention_backward(const Plan& plan, const BackwardTensors& tensors, const 
                           .of_dense = of_dense},
          "backward: row numbers");
   if (on_sm90) {
-    const auto partial = [&](int i) {
+    const auto parts = [&](int i) {
       return merges ? reinterpret_cast<float*>(memory[i]) : nullptr;
     };
-    sm90::branches_backward(arguments, {partial(0), partial(1), partial(2)}, plan,
+    sm90::branches_backward(arguments, {parts(0), parts(1), parts(2)}, plan,
                             reinterpret_cast<int*>(tickets), stream);
   } else if (problem.dtype == DType::kBFloat16) {
     branches_backward<__nv_bfloat16>(arguments, decision, stream);

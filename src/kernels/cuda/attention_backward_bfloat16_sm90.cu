@@ -3,7 +3,7 @@
 
 namespace dilated::gpu::sm90 {
 
-template void run_query_gradient<__nv_bfloat16>(const GradientArguments&, cudaStream_t);
-template void run_key_gradient<__nv_bfloat16>(const GradientArguments&, cudaStream_t);
+template void run_gradient<QueryGradient, __nv_bfloat16>(const GradientArguments&, cudaStream_t);
+template void run_gradient<KeyGradient, __nv_bfloat16>(const GradientArguments&, cudaStream_t);
 
 }  // namespace dilated::gpu::sm90

@@ -3,7 +3,7 @@
 
 namespace dilated::gpu::sm90 {
 
-template void run_query_gradient<__half>(const GradientArguments&, cudaStream_t);
-template void run_key_gradient<__half>(const GradientArguments&, cudaStream_t);
+template void run_gradient<QueryGradient, __half>(const GradientArguments&, cudaStream_t);
+template void run_gradient<KeyGradient, __half>(const GradientArguments&, cudaStream_t);
 
 }  // namespace dilated::gpu::sm90

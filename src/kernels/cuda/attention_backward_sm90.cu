@@ -6,7 +6,7 @@ namespace dilated::gpu::sm90 {
 namespace {
 
 /// Branches of ranks [first, last).
-GradientArguments arguments_of(const gpu::BackwardArguments& all, const PartialGradients& partial,
+GradientArguments arguments_of(const gpu::BackwardArguments& all, const GradientParts& parts,
                                const Plan& plan, std::size_t first, std::size_t last) {
   const Call& call = all.call;
   const auto& decision = static_cast<const CudaDecision&>(plan.decision());
@@ -25,16 +25,16 @@ GradientArguments arguments_of(const gpu::BackwardArguments& all, const PartialG
           .query = all.query,
           .dout = all.dout,
           .key = all.key,
-          .merges = partial.dquery != nullptr && first == 0,
+          .merges = parts.dquery != nullptr && first == 0,
           .part_rows = decision.part_rows,
-          .dquery = gradient(all.dquery, partial.dquery, call.scale),
-          .dkey = gradient(all.dkey, partial.dkey, call.scale),
-          .dvalue = gradient(all.dvalue, partial.dvalue, call.out_scale)};
+          .dquery = gradient(all.dquery, parts.dquery, call.scale),
+          .dkey = gradient(all.dkey, parts.dkey, call.scale),
+          .dvalue = gradient(all.dvalue, parts.dvalue, call.out_scale)};
 }
 
 }  // namespace
 
-void branches_backward(const gpu::BackwardArguments& all, const PartialGradients& partial,
+void branches_backward(const gpu::BackwardArguments& all, const GradientParts& parts,
                        const Plan& plan, int* tickets, cudaStream_t stream) {
   const Problem& problem = plan.problem();
   const auto& decision = static_cast<const CudaDecision&>(plan.decision());
@@ -44,7 +44,7 @@ void branches_backward(const gpu::BackwardArguments& all, const PartialGradients
     const auto launch = [&](int query_rows, const TileGroup* groups,
                             const std::vector<std::int64_t>& tiles, int* ticket,
                             const auto& launches) {
-      GradientArguments arguments = arguments_of(all, partial, plan, first, last);
+      GradientArguments arguments = arguments_of(all, parts, plan, first, last);
       const auto sequences = static_cast<std::size_t>(all.call.num_sequences);
       arguments.range = {.groups = groups + first * sequences,
                          .num_groups = static_cast<int>((last - first) * sequences),
@@ -65,12 +65,14 @@ void branches_backward(const gpu::BackwardArguments& all, const PartialGradients
     const bool is_bfloat16 = problem.dtype == DType::kBFloat16;
     launch(kBackwardRows, all.call.backward_query_groups, decision.backward_query_tiles,
            tickets + 2 * first,
-           is_bfloat16 ? run_query_gradient<__nv_bfloat16> : run_query_gradient<__half>);
-    launch(key_gradient_queries(static_cast<int>(problem.head_dim)), all.call.backward_key_groups,
-           decision.backward_key_tiles, tickets + 2 * first + 1,
-           is_bfloat16 ? run_key_gradient<__nv_bfloat16> : run_key_gradient<__half>);
+           is_bfloat16 ? run_gradient<QueryGradient, __nv_bfloat16>
+                       : run_gradient<QueryGradient, __half>);
+    launch(
+        key_gradient_queries(static_cast<int>(problem.head_dim)), all.call.backward_key_groups,
+        decision.backward_key_tiles, tickets + 2 * first + 1,
+        is_bfloat16 ? run_gradient<KeyGradient, __nv_bfloat16> : run_gradient<KeyGradient, __half>);
   };
-  if (partial.dquery != nullptr) {
+  if (parts.dquery != nullptr) {
     run(1, branches);
     run(0, 1);
     return;

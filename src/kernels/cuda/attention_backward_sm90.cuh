@@ -13,43 +13,9 @@
 #include "src/kernels/cuda/backward_tiles_sm90.cuh"
 #include "src/kernels/cuda/device/launch.cuh"
 #include "src/kernels/cuda/device/softmax.cuh"
-#include "src/kernels/cuda/device/wgmma.cuh"
+#include "src/kernels/cuda/products_sm90.cuh"
 
 namespace dilated::gpu::sm90 {
-
-inline constexpr int kDepth = 16;
-
-/// acc = a b^T: 64 rows of `a` from `first_row` on with all rows of `b`, both as loaded.
-template <typename Element, int kPanels, int kRowsA, int kRowsB>
-__device__ inline void multiply_rows(float (&acc)[kRowsB / kPanelColumns / 2],
-                                     Element (&a)[kPanels][kRowsA], int first_row,
-                                     Element (&b)[kPanels][kRowsB]) {
-  begin_products();
-  pin(acc);
-#pragma unroll
-  for (int k = 0; k < kPanels * kPanelColumns / kDepth; ++k) {
-    const int panel = k * kDepth / kPanelColumns;
-    const std::uint32_t bytes = k * kDepth % kPanelColumns * sizeof(Element);
-    Product<Element, kRowsB / kPanelColumns, false>::run(
-        acc, advance(operand_of(a[panel] + first_row * kPanelColumns), bytes),
-        advance(operand_of(b[panel]), bytes), k > 0);
-  }
-  pin(acc);
-  commit_products();
-}
-
-/// acc += a b: probabilities or their gradients with the rows that they are summed over.
-template <typename Element, int kPanels, int kRows, int kSteps, int kCount>
-__device__ inline void add_product(float (&acc)[kCount], std::uint32_t (&a)[kSteps][4],
-                                   Element (&b)[kPanels][kRows], bool accumulate) {
-  static_assert(kCount == kPanels * kPanelColumns / 2 && kRows == kSteps * kDepth * kPanelColumns);
-  const std::uint64_t rows = operand_of(b[0], sizeof(b[0]));
-#pragma unroll
-  for (int k = 0; k < kSteps; ++k) {
-    Product<Element, kPanels * kPanelColumns, true>::run(acc, a[k], advance(rows, k * kDepth * 128),
-                                                         accumulate || k > 0);
-  }
-}
 
 /// P = 2^(f (S - base) - residual). Product and difference are rounded one by one, as in the
 /// residual itself.
@@ -132,13 +98,17 @@ __device__ inline void write_rows(const GradientArguments& arguments, const Grad
 }
 
 /// One warpgroup of 64 query rows.
-template <typename Shared, int kHeadDim, bool kCausal>
+template <typename Element, int kHeadDim, bool kCausal>
 class QueryGradient {
-  using Element = typename Shared::Element;
-  static constexpr int kKeys = Shared::kKeys;
-  static constexpr int kScores = kKeys / 2;
-
  public:
+  using Shared = QueryGradientShared<Element, kHeadDim>;
+  static constexpr bool kIsCausal = kCausal;
+
+  __device__ static bool find(const GradientArguments& arguments, std::int64_t index, Tile& tile) {
+    return find_tile<kCausal, Shared::kRows, true>(arguments.call, arguments.range, index, tile) &&
+           tile.keys.first < tile.keys.last;
+  }
+
   __device__ QueryGradient(const GradientArguments& arguments, Shared& shared)
       : arguments_(arguments),
         shared_(shared),
@@ -170,6 +140,9 @@ class QueryGradient {
   }
 
  private:
+  static constexpr int kKeys = Shared::kKeys;
+  static constexpr int kScores = kKeys / 2;
+
   __device__ void load_numbers(const Tile& tile) {
     const Call& call = arguments_.call;
     const RowNumbers* const numbers =
@@ -267,13 +240,17 @@ class QueryGradient {
 };
 
 /// One warpgroup of 64 key rows.
-template <typename Shared, int kHeadDim, bool kCausal>
+template <typename Element, int kHeadDim, bool kCausal>
 class KeyGradient {
-  using Element = typename Shared::Element;
-  static constexpr int kQueries = Shared::kQueries;
-  static constexpr int kScores = kQueries / 2;
-
  public:
+  using Shared = KeyGradientShared<Element, kHeadDim>;
+  static constexpr bool kIsCausal = kCausal;
+
+  __device__ static bool find(const GradientArguments& arguments, std::int64_t index, Tile& tile) {
+    return find_tile<kCausal, Shared::kRows, false>(arguments.call, arguments.range, index, tile) &&
+           tile.queries.first < tile.queries.last && Shared::is_first_head(arguments.call, tile);
+  }
+
   __device__ KeyGradient(const GradientArguments& arguments, Shared& shared)
       : arguments_(arguments),
         shared_(shared),
@@ -305,6 +282,9 @@ class KeyGradient {
   }
 
  private:
+  static constexpr int kQueries = Shared::kQueries;
+  static constexpr int kScores = kQueries / 2;
+
   __device__ void step(const Tile& tile, int q, bool accumulate) {
     const int stage = pass_.stage;
     float scores[kScores];
@@ -406,10 +386,11 @@ class KeyGradient {
   float dvalue_[kHeadDim / 2];
 };
 
-template <typename Element, int kHeadDim, bool kCausal>
+/// Consumer: QueryGradient or KeyGradient.
+template <typename Consumer>
 __global__ void __launch_bounds__(BackwardThreads::kThreads, 1)
-    query_gradient_kernel(const __grid_constant__ GradientArguments arguments) {
-  using Shared = QueryGradientShared<Element, kHeadDim>;
+    gradient_kernel(const __grid_constant__ GradientArguments arguments) {
+  using Shared = typename Consumer::Shared;
   extern __shared__ __align__(1024) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
@@ -424,87 +405,37 @@ __global__ void __launch_bounds__(BackwardThreads::kThreads, 1)
       shared.produce(arguments);
     } else if (threadIdx.x == 32) {
       shared.tiles.write(arguments.range, [&](std::int64_t index, Tile& tile) {
-        return find_tile<kCausal, Shared::kRows, true>(arguments.call, arguments.range, index,
-                                                       tile) &&
-               tile.keys.first < tile.keys.last;
+        return Consumer::find(arguments, index, tile);
       });
     } else if (warp == 2) {
-      shared.template guard<kCausal>();
+      shared.template guard<Consumer::kIsCausal>(arguments);
     } else if (warp == 3 && arguments.merges) {
       shared.find_parts(arguments);
     }
   } else {
     take_registers<Shared::kConsumerRegisters>();
-    QueryGradient<Shared, kHeadDim, kCausal>(arguments, shared).run();
+    Consumer(arguments, shared).run();
   }
 }
 
-template <typename Element, int kHeadDim, bool kCausal>
-__global__ void __launch_bounds__(BackwardThreads::kThreads, 1)
-    key_gradient_kernel(const __grid_constant__ GradientArguments arguments) {
-  using Shared = KeyGradientShared<Element, kHeadDim>;
-  extern __shared__ __align__(1024) unsigned char memory[];
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
-  if (threadIdx.x == 0) {
-    shared.init(arguments.merges);
-    fence_barrier_init();
-  }
-  __syncthreads();
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  if (warp < 4) {
-    give_registers<Shared::kProducerRegisters>();
-    if (threadIdx.x == 0) {
-      shared.produce(arguments);
-    } else if (threadIdx.x == 32) {
-      shared.tiles.write(arguments.range, [&](std::int64_t index, Tile& tile) {
-        return find_tile<kCausal, Shared::kRows, false>(arguments.call, arguments.range, index,
-                                                        tile) &&
-               tile.queries.first < tile.queries.last &&
-               Shared::is_first_head(arguments.call, tile);
-      });
-    } else if (warp == 2) {
-      shared.load_numbers(arguments);
-    } else if (warp == 3 && arguments.merges) {
-      shared.find_parts(arguments);
-    }
-  } else {
-    take_registers<Shared::kConsumerRegisters>();
-    KeyGradient<Shared, kHeadDim, kCausal>(arguments, shared).run();
-  }
-}
-
-template <typename Shared>
-void launch_gradient(void (*kernel)(GradientArguments), const GradientArguments& arguments,
-                     cudaStream_t stream, const char* what) {
-  launch(kernel, {std::min<std::int64_t>(arguments.range.num_tiles, count_multiprocessors())},
-         BackwardThreads::kThreads, sizeof(Shared), stream, arguments, what);
-}
-
-/// Launches for one dtype; each is a file of its own, so that they compile side by side.
-template <typename Element>
-void run_query_gradient(const GradientArguments& arguments, cudaStream_t stream) {
+/// One launch for one dtype; each dtype is a file of its own, so that they compile side by side.
+template <template <typename, int, bool> typename Consumer, typename Element>
+void run_gradient(const GradientArguments& arguments, cudaStream_t stream) {
   const auto run = [&]<int kHeadDim>() {
-    launch_gradient<QueryGradientShared<Element, kHeadDim>>(
-        arguments.call.is_causal ? query_gradient_kernel<Element, kHeadDim, true>
-                                 : query_gradient_kernel<Element, kHeadDim, false>,
-        arguments, stream, "backward: dquery");
-  };
-  arguments.call.head_dim == 64 ? run.template operator()<64>() : run.template operator()<128>();
-}
-template <typename Element>
-void run_key_gradient(const GradientArguments& arguments, cudaStream_t stream) {
-  const auto run = [&]<int kHeadDim>() {
-    launch_gradient<KeyGradientShared<Element, kHeadDim>>(
-        arguments.call.is_causal ? key_gradient_kernel<Element, kHeadDim, true>
-                                 : key_gradient_kernel<Element, kHeadDim, false>,
-        arguments, stream, "backward: dkey, dvalue");
+    launch(arguments.call.is_causal ? gradient_kernel<Consumer<Element, kHeadDim, true>>
+                                    : gradient_kernel<Consumer<Element, kHeadDim, false>>,
+           {std::min<std::int64_t>(arguments.range.num_tiles, count_multiprocessors())},
+           BackwardThreads::kThreads, sizeof(typename Consumer<Element, kHeadDim, true>::Shared),
+           stream, arguments, "backward: gradients");
   };
   arguments.call.head_dim == 64 ? run.template operator()<64>() : run.template operator()<128>();
 }
 
-extern template void run_query_gradient<__nv_bfloat16>(const GradientArguments&, cudaStream_t);
-extern template void run_query_gradient<__half>(const GradientArguments&, cudaStream_t);
-extern template void run_key_gradient<__nv_bfloat16>(const GradientArguments&, cudaStream_t);
-extern template void run_key_gradient<__half>(const GradientArguments&, cudaStream_t);
+extern template void run_gradient<QueryGradient, __nv_bfloat16>(const GradientArguments&,
+                                                                cudaStream_t);
+extern template void run_gradient<QueryGradient, __half>(const GradientArguments&, cudaStream_t);
+extern template void run_gradient<KeyGradient, __nv_bfloat16>(const GradientArguments&,
+                                                              cudaStream_t);
+extern template void run_gradient<KeyGradient, __half>(const GradientArguments&, cudaStream_t);
 
 }  // namespace dilated::gpu::sm90

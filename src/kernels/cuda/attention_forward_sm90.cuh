@@ -16,8 +16,8 @@
 #include "src/kernels/cuda/device/launch.cuh"
 #include "src/kernels/cuda/device/ptx.cuh"
 #include "src/kernels/cuda/device/softmax.cuh"
-#include "src/kernels/cuda/device/wgmma.cuh"
 #include "src/kernels/cuda/forward_tiles_sm90.cuh"
+#include "src/kernels/cuda/products_sm90.cuh"
 #include "src/merge.h"
 
 namespace dilated::gpu::sm90 {
@@ -27,7 +27,6 @@ template <typename Element, int kHeadDim, bool kCausal, bool kMerges>
 class Consumer {
   using Tiles = ForwardTiles<kHeadDim>;
   using Shared = ForwardShared<Element, kHeadDim>;
-  static constexpr int kDepth = 16;
   static constexpr int kScores = Tiles::kKeys / 2;
 
  public:
@@ -53,30 +52,13 @@ class Consumer {
 
   __device__ void score(float (&scores)[kScores]) {
     shared_.key_full[keys_.stage].wait(keys_.parity);
-    begin_products();
-    pin(scores);
-#pragma unroll
-    for (int k = 0; k < kHeadDim / kDepth; ++k) {
-      const int panel = k * kDepth / kPanelColumns;
-      const std::uint32_t bytes = k * kDepth % kPanelColumns * sizeof(Element);
-      Product<Element, Tiles::kKeys, false>::run(
-          scores, advance(operand_of(shared_.query[panel] + first_row_ * kPanelColumns), bytes),
-          advance(operand_of(shared_.key[keys_.stage][panel]), bytes), k > 0);
-    }
-    pin(scores);
-    commit_products();
+    multiply_rows(scores, shared_.query, first_row_, shared_.key[keys_.stage]);
   }
 
   __device__ void add_values(std::uint32_t (&probabilities)[kScores / 8][4], bool accumulate) {
     begin_products();
     pin(acc_);
-    const std::uint64_t value =
-        operand_of(shared_.value[values_.stage][0], sizeof(shared_.value[0][0]));
-#pragma unroll
-    for (int k = 0; k < Tiles::kKeys / kDepth; ++k) {
-      Product<Element, kHeadDim, true>::run(acc_, probabilities[k],
-                                            advance(value, k * kDepth * 128), accumulate || k > 0);
-    }
+    add_product(acc_, probabilities, shared_.value[values_.stage], accumulate);
     pin(acc_);
     commit_products();
   }

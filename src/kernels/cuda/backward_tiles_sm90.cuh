@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "src/kernels/cuda/attention_backward_sm90.h"
-#include "src/kernels/cuda/tensor_map.cuh"
 #include "src/kernels/cuda/tiles_sm90.cuh"
 
 namespace dilated::gpu::sm90 {
@@ -56,21 +55,9 @@ struct BackwardThreads {
   static constexpr int kConsumerRegisters = 240;
 };
 
-/// Loads all panels of rows from `row` on.
-template <typename Element, int kPanels, int kElements>
-__device__ inline void load_rows(Element (&to)[kPanels][kElements], const DilatedMaps& maps,
-                                 int row, int residue, int head, int batch, Barrier& barrier) {
-#pragma unroll
-  for (int panel = 0; panel < kPanels; ++panel) {
-    load_box(to[panel], maps.at(residue), kPanelColumns * panel, row, residue, head, batch,
-             barrier);
-  }
-}
-
 /// Query rows stay, keys pass by.
-template <typename Element_, int kHeadDim>
+template <typename Element, int kHeadDim>
 struct alignas(1024) QueryGradientShared : BackwardThreads {
-  using Element = Element_;
   static constexpr int kPanels = kHeadDim / kPanelColumns;
   static constexpr int kKeys = 128;
   static constexpr int kStages = 2;
@@ -138,7 +125,7 @@ struct alignas(1024) QueryGradientShared : BackwardThreads {
   /// Keys are summed over: what lies beyond them is cleared. What is not finite is only found here,
   /// scores need it.
   template <bool kCausal>
-  __device__ void guard() {
+  __device__ void guard(const GradientArguments&) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     Ring<kStages> pass;
     tiles.read([&](Tile& tile, Ring<2>) {
@@ -172,9 +159,8 @@ struct alignas(1024) QueryGradientShared : BackwardThreads {
 };
 
 /// Key rows stay, queries of all heads that share them pass by.
-template <typename Element_, int kHeadDim>
+template <typename Element, int kHeadDim>
 struct alignas(1024) KeyGradientShared : BackwardThreads {
-  using Element = Element_;
   static constexpr int kPanels = kHeadDim / kPanelColumns;
   static constexpr int kQueries = key_gradient_queries(kHeadDim);
   static constexpr int kStages = 2;
@@ -202,7 +188,7 @@ struct alignas(1024) KeyGradientShared : BackwardThreads {
       empty[i].init(kWarps);
       is_bad[i] = false;
     }
-    // And the producer, who loads numbers, who finds parts.
+    // And the producer, the guard, who finds parts.
     tiles.init(kWarps + (merges ? 3 : 2));
     parts[0].found.init(1);
     parts[1].found.init(1);
@@ -256,9 +242,11 @@ struct alignas(1024) KeyGradientShared : BackwardThreads {
     });
   }
 
-  /// One warp; rows beyond the queries contribute nothing and are cleared, since queries and dO are
-  /// summed over. A query or a dO that is not finite has numbers that are not.
-  __device__ void load_numbers(const GradientArguments& arguments) {
+  /// One warp loads row numbers and guards by them: rows beyond the queries contribute nothing and
+  /// are cleared, since queries and dO are summed over; a query or a dO that is not finite has
+  /// numbers that are not.
+  template <bool>
+  __device__ void guard(const GradientArguments& arguments) {
     const Call& call = arguments.call;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     Ring<kStages> pass;

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 
-#include "src/kernels/cuda/tensor_map.cuh"
 #include "src/kernels/cuda/tiles_sm90.cuh"
 
 namespace dilated::gpu::sm90 {
@@ -71,38 +70,26 @@ __device__ inline void produce(const ForwardArguments& arguments,
     const int batch = tile.batch;
     const int residue = tile.key_residue;
     const int row = tile.key_row + tile.keys.first;
-    const CUtensorMap& key_map = maps.key.at(residue);
-    const CUtensorMap& value_map = maps.value.at(residue);
     const auto load_key = [&](int n) {
       shared.key_empty[keys.stage].wait(keys.parity ^ 1);
       shared.key_full[keys.stage].arrive_and_expect(kKeyBytes);
-#pragma unroll
-      for (int panel = 0; panel < Tiles::kPanels; ++panel) {
-        load_box(shared.key[keys.stage][panel], key_map, kPanelColumns * panel,
-                 row + n * Tiles::kKeys, residue, kv_head, batch, shared.key_full[keys.stage]);
-      }
+      load_rows(shared.key[keys.stage], maps.key, row + n * Tiles::kKeys, residue, kv_head, batch,
+                shared.key_full[keys.stage]);
       keys.step();
     };
     const auto load_value = [&](int n) {
       shared.value_empty[values.stage].wait(values.parity ^ 1);
       shared.value_full[values.stage].arrive_and_expect(kKeyBytes);
-#pragma unroll
-      for (int panel = 0; panel < Tiles::kPanels; ++panel) {
-        load_box(shared.value[values.stage][panel], value_map, kPanelColumns * panel,
-                 row + n * Tiles::kKeys, residue, kv_head, batch, shared.value_full[values.stage]);
-      }
+      load_rows(shared.value[values.stage], maps.value, row + n * Tiles::kKeys, residue, kv_head,
+                batch, shared.value_full[values.stage]);
       values.step();
     };
 
     load_key(count - 1);
     shared.query_empty.wait(queries.parity ^ 1);
     shared.query_full.arrive_and_expect(kQueryBytes);
-#pragma unroll
-    for (int panel = 0; panel < Tiles::kPanels; ++panel) {
-      load_box(shared.query[panel], maps.query.at(tile.query_residue), kPanelColumns * panel,
-               tile.query_row + tile.queries.first, tile.query_residue, tile.head, batch,
-               shared.query_full);
-    }
+    load_rows(shared.query, maps.query, tile.query_row + tile.queries.first, tile.query_residue,
+              tile.head, batch, shared.query_full);
     queries.step();
     for (int n = count - 2; n >= 0; --n) {
       load_key(n);

@@ -12,7 +12,7 @@ bool has_kernels() { return false; }
 void branches_forward(const ForwardCall&, const Plan&, cudaStream_t) {
   throw std::logic_error("dilated: forward of sm_90a was not built");
 }
-void branches_backward(const gpu::BackwardArguments&, const PartialGradients&, const Plan&, int*,
+void branches_backward(const gpu::BackwardArguments&, const GradientParts&, const Plan&, int*,
                        cudaStream_t) {
   throw std::logic_error("dilated: backward of sm_90a was not built");
 }

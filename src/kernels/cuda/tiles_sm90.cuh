@@ -6,6 +6,7 @@
 #include "src/kernels/cuda/device/element.cuh"
 #include "src/kernels/cuda/device/piece.cuh"
 #include "src/kernels/cuda/device/ptx.cuh"
+#include "src/kernels/cuda/tensor_map.cuh"
 
 namespace dilated::gpu::sm90 {
 
@@ -43,7 +44,7 @@ struct Tile {
   std::int64_t length;  // of the sequence
   std::int64_t position;
   bool is_end;
-  bool has_bad_values;  // forward: see guard()
+  bool has_bad_values;  // set by guards
 
   /// Keys of a query row, counted from the first.
   template <bool kCausal>
@@ -187,6 +188,17 @@ struct TileQueue {
     }
   }
 };
+
+/// Loads all panels of rows from `row` on.
+template <typename Element, int kPanels, int kElements>
+__device__ inline void load_rows(Element (&to)[kPanels][kElements], const DilatedMaps& maps,
+                                 int row, int residue, int head, int batch, Barrier& barrier) {
+#pragma unroll
+  for (int panel = 0; panel < kPanels; ++panel) {
+    load_box(to[panel], maps.at(residue), kPanelColumns * panel, row, residue, head, batch,
+             barrier);
+  }
+}
 
 /// Whether one of 8 elements is infinite or NaN: a carry out of an exponent of ones.
 template <typename Element>

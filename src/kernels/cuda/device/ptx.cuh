@@ -63,24 +63,6 @@ __device__ inline void fence_async_proxy() {
 __device__ inline void named_barrier(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
-/// The same; whether any of them says so.
-__device__ inline bool barrier_or(int number, int threads, bool predicate) {
-  std::uint32_t any;
-  asm volatile(
-      "{\n"
-      ".reg .pred mine, all;\n"
-      "setp.ne.u32 mine, %3, 0;\n"
-      "bar.red.or.pred all, %1, %2, mine;\n"
-      "selp.u32 %0, 1, 0, all;\n"
-      "}"
-      : "=r"(any)
-      : "r"(number), "r"(threads), "r"(static_cast<std::uint32_t>(predicate))
-      : "memory");
-  return any != 0;
-}
-__device__ inline void named_barrier_arrive(int number, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
 
 template <int kRegisters>
 __device__ inline void give_registers() {
@@ -97,10 +79,6 @@ __device__ inline void load_box(void* shared, const CUtensorMap& map, int c0, in
   const std::int32_t coordinates[5] = {c0, c1, c2, c3, c4};
   ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, shared, &map, coordinates,
                             barrier.word());
-}
-
-__device__ inline void prefetch_map(const CUtensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
 /// 2^x, flushing results below the smallest normal number.
