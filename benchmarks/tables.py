@@ -149,7 +149,8 @@ def picture(result: dict[str, Any], path: Path) -> None:
         axes.set_xticks(range(len(names)), names, rotation=30)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("useful TFLOP/s")
-    figure.axes[0].legend(frameon=False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(f"{result['machine']['device']}, bfloat16")
     figure.savefig(path, dpi=150)
 
