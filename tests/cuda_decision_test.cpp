@@ -175,7 +175,11 @@ TEST(CudaDecision, HopperForwardOrTheReasonAgainstIt) {
   EXPECT_EQ(reason(nothing, {.capability = 80}), "compute capability 8.0");
   EXPECT_EQ(reason(nothing, {.capability = 90, .has_sm90 = false}), "not compiled for 90a");
   EXPECT_EQ(reason([](Problem& p) { p.dtype = DType::kFloat32; }, kHopper), "dtype float32");
-  EXPECT_EQ(reason([](Problem& p) { p.head_dim = 96; }, kHopper), "head_dim 96");
+  for (const std::int64_t head_dim : {8, 24, 48, 96, 120}) {
+    EXPECT_EQ(reason([&](Problem& p) { p.head_dim = head_dim; }, kHopper), "") << head_dim;
+  }
+  EXPECT_EQ(reason([](Problem& p) { p.head_dim = 20; }, kHopper), "head_dim 20");
+  EXPECT_EQ(reason([](Problem& p) { p.head_dim = 136; }, kHopper), "head_dim 136");
   EXPECT_EQ(reason([](Problem& p) { p.alignment = 8; }, kHopper), "alignment of 8 bytes");
   EXPECT_EQ(reason([](Problem& p) { p.has_key_mask = true; }, kHopper), "key mask");
   EXPECT_EQ(reason([](Problem& p) { p.dropout_p = 0.1; }, kHopper), "dropout");
@@ -242,6 +246,11 @@ TEST(CudaDecision, HeadDimsArePadded) {
        {std::pair{1, 32}, {32, 32}, {33, 64}, {64, 64}, {96, 128}, {129, 256}, {256, 256}}) {
     const Plan plan = make_plan(testing::paper_problem(9, 2, head_dim, {{4, 1}}), "cpu");
     EXPECT_EQ(CudaDecision(plan).padded_head_dim, padded);
+  }
+  for (const auto& [head_dim, padded] :
+       {std::pair{8, 32}, {40, 48}, {72, 96}, {120, 128}, {136, 0}}) {
+    const Plan plan = make_plan(testing::paper_problem(9, 2, head_dim, {{4, 1}}), "cpu");
+    EXPECT_EQ(CudaDecision(plan).hopper_head_dim, padded);
   }
 }
 

@@ -5,7 +5,7 @@ python tools/make_wgmma.py | clang-format > src/kernels/cuda/device/wgmma.cuh
 
 from __future__ import annotations
 
-WIDTHS = (64, 128, 192)
+WIDTHS = (32, 48, 64, 96, 128)
 
 HEAD = """\
 // Warpgroup matrix products (wgmma), 64 rows, 16 products deep; written by tools/make_wgmma.py.

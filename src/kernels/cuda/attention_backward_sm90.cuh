@@ -27,13 +27,16 @@ __device__ inline float probability(float score, const ScoreUnits& units, float 
 
 /// Adds a row's sums, of the accumulator layout, to memory.
 template <int kCount>
-__device__ inline void add_row(const float (&sums)[kCount], int half, float scale, std::byte* to) {
+__device__ inline void add_row(const float (&sums)[kCount], int half, float scale, int columns,
+                               std::byte* to) {
   float* const row = reinterpret_cast<float*>(to) + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int j = 0; j < kCount / 4; ++j) {
-    float2& pair = *reinterpret_cast<float2*>(row + 8 * j);
-    pair = {fmaf(scale, sums[4 * j + 2 * half], pair.x),
-            fmaf(scale, sums[4 * j + 2 * half + 1], pair.y)};
+    if (8 * j < columns) {
+      float2& pair = *reinterpret_cast<float2*>(row + 8 * j);
+      pair = {fmaf(scale, sums[4 * j + 2 * half], pair.x),
+              fmaf(scale, sums[4 * j + 2 * half + 1], pair.y)};
+    }
   }
 }
 
@@ -60,8 +63,9 @@ __device__ inline void write_rows(const GradientArguments& arguments, const Grad
         const float* const part = gradient.part(arguments, tile.batch, head, max(0, slot)) + column;
 #pragma unroll
         for (int j = 0; j < kCount / 4; ++j) {
-          others[half][j] =
-              slot >= 0 ? *reinterpret_cast<const float2*>(part + 8 * j) : float2{0.0f, 0.0f};
+          others[half][j] = slot >= 0 && 8 * j < call.head_dim
+                                ? *reinterpret_cast<const float2*>(part + 8 * j)
+                                : float2{0.0f, 0.0f};
         }
       }
 #pragma unroll
@@ -79,19 +83,23 @@ __device__ inline void write_rows(const GradientArguments& arguments, const Grad
     }
     std::byte* const to = result.row(token + at * dilation);
     if (gradient.parts == nullptr) {
-      add_row(sums, half, gradient.scale, to);
+      add_row(sums, half, gradient.scale, call.head_dim, to);
     } else if (arguments.merges) {
 #pragma unroll
       for (int j = 0; j < kCount / 4; ++j) {
-        reinterpret_cast<std::uint32_t*>(to)[(8 * j + column) / 2] = pack<Element>(
-            gradient.scale * sums[4 * j + 2 * half], gradient.scale * sums[4 * j + 2 * half + 1]);
+        if (8 * j < call.head_dim) {
+          reinterpret_cast<std::uint32_t*>(to)[(8 * j + column) / 2] = pack<Element>(
+              gradient.scale * sums[4 * j + 2 * half], gradient.scale * sums[4 * j + 2 * half + 1]);
+        }
       }
     } else {
       float* const part = gradient.part(arguments, tile.batch, head, tile.saved + at);
 #pragma unroll
       for (int j = 0; j < kCount / 4; ++j) {
-        *reinterpret_cast<float2*>(part + 8 * j + column) = {sums[4 * j + 2 * half],
-                                                             sums[4 * j + 2 * half + 1]};
+        if (8 * j < call.head_dim) {
+          *reinterpret_cast<float2*>(part + 8 * j + column) = {sums[4 * j + 2 * half],
+                                                               sums[4 * j + 2 * half + 1]};
+        }
       }
     }
   }
@@ -113,7 +121,7 @@ class QueryGradient {
       : arguments_(arguments),
         shared_(shared),
         lane_(static_cast<int>(threadIdx.x) % 32),
-        first_row_(static_cast<int>(threadIdx.x) / 128 * 64 - 64),
+        first_row_(first_row_of_warpgroup()),
         row_(static_cast<int>(threadIdx.x) / 32 * 16 - 64 + lane_ / 4) {}
 
   __device__ void run() {
@@ -166,7 +174,7 @@ class QueryGradient {
     for (int key = tile.keys.first + max(0, tile.template seen<kCausal>(tile.queries.first));
          key < tile.keys.last; ++key) {
       add_bad_row<Element>(acc_, keys.row((tile.key_row + key) * dilation + tile.key_residue),
-                           key <= row, key <= row + 8);
+                           arguments_.call.head_dim, key <= row, key <= row + 8);
     }
   }
 
@@ -176,9 +184,9 @@ class QueryGradient {
     float scores[kScores];
     float dscores[kScores];
     shared_.key_full[stage].wait(pass_.parity);
-    multiply_rows(scores, shared_.query, first_row_, shared_.key[stage]);
+    multiply_rows<kHeadDim>(scores, shared_.query, first_row_, shared_.key[stage]);
     shared_.value_full[stage].wait(pass_.parity);
-    multiply_rows(dscores, shared_.dout, first_row_, shared_.value[stage]);
+    multiply_rows<kHeadDim>(dscores, shared_.dout, first_row_, shared_.value[stage]);
     wait_products<1>();
     pin(scores);
     const Call& call = arguments_.call;
@@ -255,7 +263,7 @@ class KeyGradient {
       : arguments_(arguments),
         shared_(shared),
         lane_(static_cast<int>(threadIdx.x) % 32),
-        first_row_(static_cast<int>(threadIdx.x) / 128 * 64 - 64),
+        first_row_(first_row_of_warpgroup()),
         row_(static_cast<int>(threadIdx.x) / 32 * 16 - 64 + lane_ / 4) {}
 
   __device__ void run() {
@@ -291,8 +299,8 @@ class KeyGradient {
     float dscores[kScores];
     shared_.full[stage].wait(pass_.parity);
     shared_.clean[stage].wait(pass_.parity);
-    multiply_rows(scores, shared_.key, first_row_, shared_.query[stage]);
-    multiply_rows(dscores, shared_.value, first_row_, shared_.dout[stage]);
+    multiply_rows<kHeadDim>(scores, shared_.key, first_row_, shared_.query[stage]);
+    multiply_rows<kHeadDim>(dscores, shared_.value, first_row_, shared_.dout[stage]);
     wait_products<1>();
     pin(scores);
     const Call& call = arguments_.call;
@@ -369,8 +377,10 @@ class KeyGradient {
 #pragma unroll 1
       for (int query = q; query < end; ++query) {
         const std::int64_t token = tile.token + query * dilation;
-        add_bad_row<Element>(dkey_, queries.row(token), query >= row, query >= row + 8);
-        add_bad_row<Element>(dvalue_, douts.row(token), query >= row, query >= row + 8);
+        add_bad_row<Element>(dkey_, queries.row(token), arguments_.call.head_dim, query >= row,
+                             query >= row + 8);
+        add_bad_row<Element>(dvalue_, douts.row(token), arguments_.call.head_dim, query >= row,
+                             query >= row + 8);
       }
     });
   }
@@ -428,7 +438,7 @@ void run_gradient(const GradientArguments& arguments, cudaStream_t stream) {
            BackwardThreads::kThreads, sizeof(typename Consumer<Element, kHeadDim, true>::Shared),
            stream, arguments, "backward: gradients");
   };
-  arguments.call.head_dim == 64 ? run.template operator()<64>() : run.template operator()<128>();
+  for_head_dim(arguments.call.head_dim, run);
 }
 
 extern template void run_gradient<QueryGradient, __nv_bfloat16>(const GradientArguments&,

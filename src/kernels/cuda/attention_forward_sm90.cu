@@ -10,7 +10,7 @@ void branches_forward(const ForwardCall& call, const Plan& plan, cudaStream_t st
   const auto& decision = static_cast<const CudaDecision&>(plan.decision());
   const ForwardTensors& tensors = *call.tensors;
   const MapOptions query_box = {
-      .box_rows = static_cast<std::uint32_t>(forward_rows(static_cast<int>(problem.head_dim)))};
+      .box_rows = static_cast<std::uint32_t>(forward_rows(decision.hopper_head_dim))};
   const MapOptions key_box = {.box_rows = kForwardKeys};
   const auto run = [&](std::size_t first_rank, std::size_t last_rank, bool merges, int* ticket) {
     const auto sequences = static_cast<std::size_t>(call.call.num_sequences);

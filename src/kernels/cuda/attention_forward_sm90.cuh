@@ -34,7 +34,7 @@ class Consumer {
       : arguments_(arguments),
         shared_(shared),
         thread_(static_cast<int>(threadIdx.x) % 128),
-        first_row_(static_cast<int>(threadIdx.x) / 128 * 64 - 64) {}
+        first_row_(first_row_of_warpgroup()) {}
 
   __device__ void run() {
     shared_.tiles.read([this](const Tile& tile, Ring<2> at) {
@@ -52,7 +52,7 @@ class Consumer {
 
   __device__ void score(float (&scores)[kScores]) {
     shared_.key_full[keys_.stage].wait(keys_.parity);
-    multiply_rows(scores, shared_.query, first_row_, shared_.key[keys_.stage]);
+    multiply_rows<kHeadDim>(scores, shared_.query, first_row_, shared_.key[keys_.stage]);
   }
 
   __device__ void add_values(std::uint32_t (&probabilities)[kScores / 8][4], bool accumulate) {
@@ -73,7 +73,7 @@ class Consumer {
          ++key) {
       add_bad_row<Element>(acc_,
                            values.row(std::int64_t{tile.key_row + key} * step + tile.key_residue),
-                           key <= row(tile, 0), key <= row(tile, 1));
+                           arguments_.call.head_dim, key <= row(tile, 0), key <= row(tile, 1));
     }
   }
 
@@ -228,7 +228,9 @@ class Consumer {
         thread_ % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; ++j) {
-      *reinterpret_cast<float2*>(out + 8 * j) = {acc_[4 * j + 2 * i], acc_[4 * j + 2 * i + 1]};
+      if (8 * j < arguments_.call.head_dim) {
+        *reinterpret_cast<float2*>(out + 8 * j) = {acc_[4 * j + 2 * i], acc_[4 * j + 2 * i + 1]};
+      }
     }
   }
 
@@ -249,8 +251,9 @@ class Consumer {
         const float* const part = saved.row(max(0, slot)) + thread_ % 4 * 2;
 #pragma unroll
         for (int j = 0; j < kHeadDim / 8; ++j) {
-          others[i][j] =
-              covers[i] ? *reinterpret_cast<const float2*>(part + 8 * j) : float2{0.0f, 0.0f};
+          others[i][j] = covers[i] && 8 * j < call.head_dim
+                             ? *reinterpret_cast<const float2*>(part + 8 * j)
+                             : float2{0.0f, 0.0f};
         }
       }
 #pragma unroll
@@ -277,6 +280,9 @@ class Consumer {
     const bool rounds = arguments_.out.dtype != DType::kFloat32;
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; ++j) {
+      if (8 * j >= arguments_.call.head_dim) {
+        continue;
+      }
       const float x = arguments_.call.out_scale * acc_[4 * j + 2 * i];
       const float y = arguments_.call.out_scale * acc_[4 * j + 2 * i + 1];
       const int column = 8 * j + thread_ % 4 * 2;
@@ -361,7 +367,7 @@ void run_forward(const ForwardArguments& arguments, bool merges, cudaStream_t st
                                         : launch_forward<Element, kHeadDim, false, false>);
     launches(arguments, stream);
   };
-  arguments.call.head_dim == 64 ? run.template operator()<64>() : run.template operator()<128>();
+  for_head_dim(arguments.call.head_dim, run);
 }
 
 extern template void run_forward<__nv_bfloat16>(const ForwardArguments&, bool, cudaStream_t);

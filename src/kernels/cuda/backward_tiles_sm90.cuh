@@ -58,7 +58,7 @@ struct BackwardThreads {
 /// Query rows stay, keys pass by.
 template <typename Element, int kHeadDim>
 struct alignas(1024) QueryGradientShared : BackwardThreads {
-  static constexpr int kPanels = kHeadDim / kPanelColumns;
+  static constexpr int kPanels = count_panels(kHeadDim);
   static constexpr int kKeys = 128;
   static constexpr int kStages = 2;
   using Staying = Element[kPanels][kRows * kPanelColumns];
@@ -161,7 +161,7 @@ struct alignas(1024) QueryGradientShared : BackwardThreads {
 /// Key rows stay, queries of all heads that share them pass by.
 template <typename Element, int kHeadDim>
 struct alignas(1024) KeyGradientShared : BackwardThreads {
-  static constexpr int kPanels = kHeadDim / kPanelColumns;
+  static constexpr int kPanels = count_panels(kHeadDim);
   static constexpr int kQueries = key_gradient_queries(kHeadDim);
   static constexpr int kStages = 2;
   using Staying = Element[kPanels][kRows * kPanelColumns];

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <span>
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -54,13 +55,10 @@ void add_groups(const Plan& plan, std::size_t branch, std::int64_t rows, const W
   }
 }
 
-int padded(std::int64_t head_dim) {
-  for (const int candidate : kPaddedHeadDims) {
-    if (head_dim <= candidate) {
-      return candidate;
-    }
-  }
-  return 0;  // rejected
+/// The smallest of `kernels` that holds a head_dim; 0 if there is none.
+int padded(std::int64_t head_dim, std::span<const int> kernels) {
+  const auto found = std::lower_bound(kernels.begin(), kernels.end(), head_dim);
+  return found == kernels.end() ? 0 : *found;
 }
 
 /// What keeps a problem from the Hopper kernels.
@@ -75,7 +73,7 @@ std::string reason_against_sm90(const Plan& plan, const Target& target) {
   if (problem.dtype != DType::kBFloat16 && problem.dtype != DType::kFloat16) {
     return fmt::format("dtype {}", name_of(problem.dtype));
   }
-  if (problem.head_dim != 64 && problem.head_dim != 128) {
+  if (problem.head_dim % 8 != 0 || padded(problem.head_dim, kHopperHeadDims) == 0) {
     return fmt::format("head_dim {}", problem.head_dim);
   }
   if (problem.alignment < 16) {
@@ -132,7 +130,8 @@ CudaDecision::CudaDecision(const Plan& plan, const Target& target)
     : not_sm90(reason_against_sm90(plan, target)),
       merges_in_dense(false),
       merges_gradients(false),
-      padded_head_dim(padded(plan.problem().head_dim)),
+      padded_head_dim(padded(plan.problem().head_dim, kPaddedHeadDims)),
+      hopper_head_dim(padded(plan.problem().head_dim, kHopperHeadDims)),
       tiles(tile_shape(padded_head_dim * static_cast<int>(size_of(plan.problem().dtype)))),
       branch_order(ascending_branches(plan.problem())) {
   const Problem& problem = plan.problem();
@@ -169,8 +168,8 @@ CudaDecision::CudaDecision(const Plan& plan, const Target& target)
     for (const std::size_t branch : branch_order) {
       forward_tiles.push_back(forward_tiles.back());
       add_groups(
-          plan, branch, forward_rows(static_cast<int>(problem.head_dim)),
-          [](const Sequence& s) { return s.queries; }, forward_groups, forward_tiles.back());
+          plan, branch, forward_rows(hopper_head_dim), [](const Sequence& s) { return s.queries; },
+          forward_groups, forward_tiles.back());
       backward_query_tiles.push_back(backward_query_tiles.back());
       add_groups(
           plan, branch, kBackwardRows, [](const Sequence& s) { return s.queries; },
@@ -240,7 +239,7 @@ std::string CudaDecision::to_string() const {
                                 : fmt::format("merge of {} rows, {} blocks", merge_rows, row_tiles);
   const std::string forward =
       not_sm90.empty()
-          ? fmt::format("sm_90a, tiles {} x {}, {} per head; {}", forward_rows(padded_head_dim),
+          ? fmt::format("sm_90a, tiles {} x {}, {} per head; {}", forward_rows(hopper_head_dim),
                         kForwardKeys, forward_tiles.back(), merge)
           : fmt::format("sm_80 ({}), tiles {} x {}, {} per head; {}", not_sm90, tiles.rows,
                         tiles.forward_columns, query_tiles.back(), merge);
@@ -254,7 +253,8 @@ std::string CudaDecision::to_string() const {
                         tiles.backward_columns, query_tiles.back(), key_tiles.back());
   return fmt::format(
       "head_dim      as {}\nbranch order  [{}]\nforward       {}\nbackward      {}\n",
-      padded_head_dim, fmt::join(branch_order, ", "), forward, backward);
+      not_sm90.empty() ? hopper_head_dim : padded_head_dim, fmt::join(branch_order, ", "), forward,
+      backward);
 }
 
 }  // namespace dilated::gpu

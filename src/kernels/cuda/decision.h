@@ -30,7 +30,11 @@ constexpr TileShape tile_shape(int row_bytes) {
   return row_bytes <= 512 ? TileShape{64, 32, 16} : TileShape{32, 16, 16};
 }
 
-/// Forward on Hopper (sm_90a): query rows of a tile, keys that pass by at once, most branches.
+/// Head dims of the kernels of Hopper (sm_90a); other multiples of 8 run in the next one, whose
+/// further columns the copy engine fills with zeros.
+inline constexpr int kHopperHeadDims[] = {32, 48, 64, 96, 128};
+
+/// Forward on Hopper: query rows of a tile, keys that pass by at once, most branches.
 constexpr int forward_rows(int head_dim) { return head_dim <= 64 ? 192 : 128; }
 inline constexpr int kForwardKeys = 128;
 inline constexpr std::int64_t kMostBranches = 8;
@@ -79,7 +83,8 @@ struct CudaDecision final : Decision {
   bool merges_in_dense;
   /// Backward on sm_90a: it writes the gradients, the others before it leave their parts.
   bool merges_gradients;
-  int padded_head_dim;
+  int padded_head_dim;  // of sm_80
+  int hopper_head_dim;  // of sm_90a; 0: none
   TileShape tiles;
   /// Branch numbers in ascending order of segment length: the order of merges; backward goes down.
   std::vector<std::size_t> branch_order;

@@ -32,7 +32,7 @@ struct ForwardTiles {
   static constexpr int kWarpgroups = kRows / 64;
   static constexpr int kKeys = kForwardKeys;
   static constexpr int kStages = 2;
-  static constexpr int kPanels = kHeadDim / kPanelColumns;
+  static constexpr int kPanels = count_panels(kHeadDim);
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 24;
   static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 240;

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
+#include <utility>
 
 #include "src/kernels/cuda/device/element.cuh"
 #include "src/kernels/cuda/device/piece.cuh"
@@ -12,6 +14,26 @@ namespace dilated::gpu::sm90 {
 
 inline constexpr int kPanelColumns = 64;  // 128 bytes, what one swizzled row of shared memory holds
 inline constexpr int kRowPieces = 8;      // of 16 bytes
+
+/// Panels of a row.
+constexpr int count_panels(int head_dim) { return (head_dim + kPanelColumns - 1) / kPanelColumns; }
+
+/// run<kHeadDim>() of the kernel that takes `head_dim`.
+template <typename Run>
+void for_head_dim(int head_dim, const Run& run) {
+  const auto tries = [&]<std::size_t... kIndex>(std::index_sequence<kIndex...>) {
+    static_cast<void>(((head_dim <= kHopperHeadDims[kIndex] &&
+                        (run.template operator()<kHopperHeadDims[kIndex]>(), true)) ||
+                       ...));
+  };
+  tries(std::make_index_sequence<std::size(kHopperHeadDims)>());
+}
+
+/// First row in a tile of the 64 that this thread's warpgroup owns; the first warpgroup owns none.
+/// The compiler sees that it is the same in a warp: descriptors stay in uniform registers.
+__device__ inline int first_row_of_warpgroup() {
+  return __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / 128 * 64 - 64, 0);
+}
 
 /// The tiles of one launch; which is next is counted by `ticket`.
 struct TileRange {
@@ -224,11 +246,14 @@ __device__ inline void clear_bad(uint4& eight) {
 /// Adds what guards took away: elements of a row that are not finite, to those sums of this
 /// thread's two rows that see it. Their weight does not matter.
 template <typename Element, int kCount>
-__device__ inline void add_bad_row(float (&sums)[kCount], const std::byte* row, bool first_sees,
-                                   bool second_sees) {
+__device__ inline void add_bad_row(float (&sums)[kCount], const std::byte* row, int columns,
+                                   bool first_sees, bool second_sees) {
   const auto* const elements = reinterpret_cast<const Element*>(row);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
+    if (i / 4 * 8 >= columns) {
+      continue;
+    }
     const float x = float_of(elements[i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2]);
     if (!isfinite(x) && (i / 2 % 2 == 0 ? first_sees : second_sees)) {
       sums[i] += x;
